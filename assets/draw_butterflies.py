@@ -1,0 +1,179 @@
+"""The embedded dataset: butterflies drawn from a formula, so that nothing has to be downloaded.
+
+    python assets/draw_butterflies.py drawn/                          # 54 pictures of each of the 75 classes
+    python assets/draw_butterflies.py drawn/ --images-per-class 5 --image-size 128 --seed 1
+
+Five wing colours x five wing patterns x three wing shapes make 75 classes. Class id = 15*colour + 3*pattern +
+shape, and each list below is in alphabetical order, so a folder of these pictures gets the same ids. Pose, size,
+wing opening, tint and background differ from picture to picture. A wing is an ellipse that may taper; a pattern is
+a condition on the position within the wing; edges are smoothed by drawing four times the pixels and averaging.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+HUES = {
+    "blue": 0.60,
+    "green": 0.34,
+    "red": 0.99,
+    "violet": 0.79,
+    "yellow": 0.13,
+}  # of the colour wheel
+PATTERNS = ["bands", "border", "eyes", "plain", "spots"]
+# For each wing: angle of its axis above the horizontal (degrees), length, half width, taper towards the tip.
+SHAPES = {
+    "pointed": {"fore": (30, 1.20, 0.30, 1.3), "hind": (-38, 0.74, 0.28, 1.3)},
+    "round": {"fore": (38, 0.90, 0.44, 0.0), "hind": (-36, 0.76, 0.40, 0.0)},
+    "tailed": {"fore": (42, 0.92, 0.38, -0.4), "hind": (-50, 0.66, 0.34, 0.0)},
+}
+CLASS_NAMES = [
+    f"{colour}-{pattern}-{shape}" for colour in HUES for pattern in PATTERNS for shape in SHAPES
+]
+DARK, CREAM = (0.10, 0.07, 0.06), (0.98, 0.94, 0.82)
+SUPERSAMPLING = 2  # points along each side of a pixel
+CHUNK = 8  # pictures drawn at a time, few enough to stay in a processor's cache
+
+
+def draw_butterflies(images_per_class, image_size, seed):
+    """Draw `images_per_class` butterflies of each of the 75 classes, class after class.
+
+    Returns images uint8 (75*images_per_class, 3, image_size, image_size), labels int64 (75*images_per_class,) and
+    the 75 class names: the same three values as `train.load_images`. The same arguments give the same pictures.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(images_per_class)
+    # One row of 16 uniform numbers a picture: everything that differs between pictures of a class.
+    randoms = torch.rand(len(labels), 16, generator=generator)
+    chunks = zip(labels.split(CHUNK), randoms.split(CHUNK))
+    images = [_draw(y, r, image_size) for y, r in chunks]
+    return torch.cat(images), labels, list(CLASS_NAMES)
+
+
+def _draw(labels, randoms, image_size):
+    """Draw one chunk: labels (B,), randoms (B, 16) in [0, 1) -> uint8 (B, 3, S, S)."""
+    colour, pattern, shape = labels // 15, labels // 3 % 5, labels % 3
+
+    def between(
+        low, high, column
+    ):  # a random number a picture, shaped to meet the pixels: (B, 1, 1)
+        return (low + (high - low) * randoms[:, column])[:, None, None]
+
+    # Coordinates of the sample points in the butterfly's own frame: root of the wings at 0, y towards the head.
+    points = image_size * SUPERSAMPLING
+    axis = (torch.arange(points) + 0.5) / points * 2 - 1
+    angle, size = between(-0.3, 0.3, 0), between(0.84, 0.98, 1)
+    px, py = axis - between(-0.05, 0.05, 2), -axis[:, None] - between(-0.05, 0.05, 3)
+    x = (px * angle.cos() + py * angle.sin()) / size
+    y = (py * angle.cos() - px * angle.sin()) / size
+    side = x.abs() / between(0.8, 1.0, 4)  # both halves alike, the wings more or less open
+
+    # A pale background: two tints, blended along a direction with a soft wave in it.
+    direction = between(0, 2 * math.pi, 5)
+    along = px * direction.cos() + py * direction.sin()
+    blend = 0.5 + 0.5 * torch.sin(2.2 * along + between(0, 6.28, 6) + 0.5 * torch.sin(3 * px))
+    picture = torch.lerp(
+        _hsv(between(0, 1, 7), between(0.05, 0.30, 8), between(0.72, 0.95, 9)),
+        _hsv(between(0, 1, 10), between(0.05, 0.30, 11), between(0.72, 0.95, 12)),
+        blend[:, None],
+    )
+
+    hues = torch.tensor(list(HUES.values()))[colour][:, None, None]
+    hue, saturation, value = (
+        hues + between(-0.02, 0.02, 13),
+        between(0.75, 0.95, 14),
+        between(0.78, 0.97, 15),
+    )
+    sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])[
+        shape
+    ]  # (B, 2, 4)
+    is_ = {name: (pattern == i)[:, None, None] for i, name in enumerate(PATTERNS)}
+    tailed = (shape == list(SHAPES).index("tailed"))[:, None, None]
+
+    # The tail first, as the hind wing lies over it: a thin ellipse from that wing's end downwards.
+    along, across = _wing_coordinates(side - 0.33, y + 0.38, -74, 0.52, 0.085)
+    tail = tailed & (_radius(along, across, -1.0) < 1)
+    picture = _paint(picture, tail, _hsv(hue, saturation, value * 0.75))
+
+    for wing in (1, 0):  # the hind wing first: the fore wing lies over it
+        degrees, length, width, taper = sizes[:, wing].T[:, :, None, None]
+        along, across = _wing_coordinates(side, y, degrees, length, width)
+        radius = _radius(along, across, taper)
+        inside = radius < 1
+        shade = value * (0.80 + 0.20 * along.clamp(0, 1)) * (1.0 if wing == 0 else 0.90)
+        picture = _paint(picture, inside, _hsv(hue, saturation, shade))
+
+        def distance(point):  # from a point of the wing, in units of the picture
+            return torch.hypot((along - point[0]) * length, (across - point[1]) * width)
+
+        eye = distance((0.62, 0.0))
+        spots = torch.minimum(distance((0.42, 0.0)), distance((0.78, 0.0)))
+        dark = is_["border"] & (radius > 0.72) | is_["bands"] & (
+            torch.sin(along * 14.0 - 1.6) > 0.0
+        )
+        dark = dark | is_["eyes"] & (eye < 0.21)
+        light = is_["spots"] & (spots < 0.115) | is_["eyes"] & (eye < 0.10)
+        picture = _paint(picture, inside & dark, torch.tensor(DARK)[:, None, None])
+        picture = _paint(picture, inside & light, torch.tensor(CREAM)[:, None, None])
+
+    feeler = (side - 0.28 * (y - 0.30)).abs() < 0.022
+    body = (torch.hypot(side / 0.075, (y + 0.05) / 0.42) < 1) | feeler & (y > 0.30) & (y < 0.72)
+    picture = _paint(picture, body, torch.tensor(DARK)[:, None, None])
+    picture = torch.nn.functional.avg_pool2d(picture, SUPERSAMPLING)
+    return (picture * 255).round().to(torch.uint8)
+
+
+def _wing_coordinates(x, y, degrees, length, width):
+    """Position along a wing's axis (0 at the root, 1 at the tip) and across it (-1 to 1 at its widest)."""
+    angle = torch.as_tensor(degrees * math.pi / 180)
+    return (x * angle.cos() + y * angle.sin()) / length, (y * angle.cos() - x * angle.sin()) / width
+
+
+def _radius(along, across, taper):
+    """0 in the middle of a wing, 1 at its edge: an ellipse, narrower towards the tip where taper is positive."""
+    return torch.hypot(2 * along - 1, across / (1 + taper * (0.5 - along)).clamp_min(0.05))
+
+
+def _paint(picture, where, colour):
+    """Lay `colour` over `picture` (B, 3, P, P) where the mask (B, P, P) is true."""
+    return torch.where(where[:, None], colour, picture)
+
+
+def _hsv(hue, saturation, value):
+    """Hue, saturation, value, each in [0, 1] (hue wraps) and (B, ...) -> RGB in [0, 1], (B, 3, ...)."""
+    sixths = [(hue * 6 + offset) % 6 for offset in (0.0, 4.0, 2.0)]
+    return torch.stack(
+        [value * (1 - saturation * (1 - ((h - 3).abs() - 1).clamp(0, 1))) for h in sixths], dim=1
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, help="where the class folders go; must be new or empty"
+    )
+    parser.add_argument("--images-per-class", type=int, default=54)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.images_per_class < 1 or args.image_size < 1:
+        sys.exit("draw_butterflies.py: --images-per-class and --image-size must be at least 1")
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        sys.exit(f"draw_butterflies.py: {args.folder} is not an empty folder: name a new one")
+    from torchvision.io import write_png
+
+    images, labels, names = draw_butterflies(args.images_per_class, args.image_size, args.seed)
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        folder = args.folder / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(image, str(folder / f"{i % args.images_per_class:04d}.png"))
+    print(f"{len(images)} pictures in {len(names)} class folders of {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Are samples of the drawn classes what they should be? A small classifier, trained on drawings, says.
+
+    python assets/judge_drawn.py out                       # 4 samples a class from the checkpoint in out/
+    python assets/judge_drawn.py out --steps 20 --cfg-scale 3 --seed 1
+
+Trains a convolutional classifier with three heads (colour, pattern, shape) on freshly drawn butterflies for about a
+minute on two cores, prints its accuracy on other drawings (the ceiling), then the share of the samples whose colour,
+pattern, shape and class (all three) it finds right.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from assets.draw_butterflies import draw_butterflies  # noqa: E402
+from model import DiT, UserError  # noqa: E402
+from sample import DEFAULT_CFG_SCALE, DEFAULT_STEPS, generate  # noqa: E402
+
+
+def targets(labels):
+    """Colour, pattern and shape (N,) of class ids (N,)."""
+    return labels // 15, labels // 3 % 5, labels % 3
+
+
+def train_judge(images_per_class=100, epochs=4, seed=1):
+    """A classifier of pictures (N,3,64,64) in [-1, 1] that returns three lists of logits; its training is seeded."""
+    torch.manual_seed(seed)
+    layers, width = [], 3
+    for next_width in (24, 48, 96, 96):
+        layers += [
+            nn.Conv2d(width, next_width, 3, stride=2, padding=1),
+            nn.BatchNorm2d(next_width),
+            nn.ReLU(),
+        ]
+        width = next_width
+    judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, 13))
+    images, labels, _ = draw_butterflies(images_per_class, 64, seed)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
+    steps = epochs * len(images) // 50
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        i = torch.randint(len(images), (50,))
+        logits = judge(scaled(images[i])).split((5, 5, 3), dim=1)
+        loss = sum(F.cross_entropy(head, y) for head, y in zip(logits, targets(labels[i])))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def scaled(images):
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def shares(judge, images, labels):
+    """Share of pictures (N,3,64,64) in [-1, 1] judged right: {"colour": ..., "pattern", "shape", "class"}."""
+    logits = torch.cat([judge(batch) for batch in images.split(100)]).split((5, 5, 3), dim=1)
+    right = [head.argmax(1) == y for head, y in zip(logits, targets(labels))]
+    right.append(right[0] & right[1] & right[2])
+    return {
+        name: r.float().mean().item()
+        for name, r in zip(("colour", "pattern", "shape", "class"), right)
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", help="a folder with a model trained on the drawn butterflies, or a Hub id"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=4, help="samples of each of the 75 classes"
+    )
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--cfg-scale", type=float, default=DEFAULT_CFG_SCALE)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        model = DiT.from_pretrained(args.checkpoint)
+    except (UserError, OSError) as error:
+        sys.exit(f"judge_drawn.py: {error}")
+    judge = train_judge()
+    images, labels, names = draw_butterflies(10, 64, seed=2)
+    if model.class_names != names or model.image_size != 64:
+        sys.exit(
+            f"judge_drawn.py: {args.checkpoint} was not trained on the drawn butterflies at 64x64"
+        )
+    report("fresh drawings", shares(judge, scaled(images), labels))
+    labels = torch.arange(75).repeat_interleave(args.num_images)
+    samples = torch.cat(list(generate(model, labels, args.seed, args.steps, args.cfg_scale)))
+    report(f"{len(labels)} samples", shares(judge, scaled(samples), labels))
+
+
+def report(what, share):
+    print(f"{what}: " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in share.items()))
+
+
+if __name__ == "__main__":
+    main()

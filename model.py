@@ -1,0 +1,197 @@
+"""The network of nanoDiT: a class-conditional diffusion transformer (DiT) on pixels, without a VAE.
+
+z_t, t, class -> patchify -> blocks (attention and MLP, steered by t and class) -> unpatchify -> v
+
+- Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
+- Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
+- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864).
+- Queries and keys normalised (Henry et al. 2020, arXiv 2010.04245); norms without parameters.
+
+Letters: B pictures, S pixels a side, P pixels a side of a patch, T = (S/P)^2 tokens, H heads of
+D numbers each.
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+
+MIN_T = 0.05  # v = (z_t - x) / t is bounded below this t, where small errors of x would be blown up
+CLASS_SCALE = 3  # Adam moves all weights alike; times 3, class embeddings move 3 times as fast
+
+
+class UserError(ValueError):
+    """What the user can mend: the command lines print it as one line and exit with status 2."""
+
+
+def norm(x):
+    """Layer norm over the last dimension, without parameters: what follows does the scaling."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def modulate(x, shift, scale):
+    """adaLN: shift and scale (B, dim) every token of x (B, T, dim) alike."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def rotary_table(side, head_dim):
+    """Cosines and sines (T, D/2) that tell each of side x side tokens where it is.
+
+    Of the D/2 planes half turn with the token's row, half with its column, at D/4 frequencies each:
+    from one radian a token down to about a hundredth.
+    """
+    frequencies = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+    angles = torch.outer(torch.arange(side), frequencies)  # (side, D/4)
+    rows, columns = angles.repeat_interleave(side, 0), angles.repeat(side, 1)  # each (T, D/4)
+    angles = torch.cat([rows, columns], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the planes of x (B, H, T, D) by the token's angles: q.k then sees only distances."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, cos, sin):
+        B, T, dim = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
+        return self.out(x.transpose(1, 2).reshape(B, T, dim))
+
+
+class Block(nn.Module):
+    """One transformer block; the condition c (B, dim) steers it through adaLN-zero."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, x, c, cos, sin):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attention(modulate(norm(x), shift1, scale1), cos, sin)
+        return x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))
+
+
+class TimestepEmbedding(nn.Module):
+    """t (B,) in [0, 1] -> (B, dim): waves of 1000 t at 128 frequencies, then a small MLP."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("frequencies", 1e-4 ** (torch.arange(128) / 128), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        angles = 1000 * t.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class DiT(nn.Module, PyTorchModelHubMixin):
+    """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
+
+    The arguments are JSON values; together they are config.json. image_size: pixels a side, a
+    multiple of patch_size. dim: width, a multiple of 4 * heads. depth: blocks. class_names: a
+    string a class, in the order of the class ids. prediction: what the network itself predicts, "x"
+    or "v"; `forward` returns v either way. dataset: where the pictures are from, for the model
+    card. Raises UserError where the sizes do not fit.
+    """
+
+    def __init__(
+        self, image_size, patch_size, dim, depth, heads, class_names, prediction="x", dataset=""
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
+        if dim % (4 * heads):
+            raise UserError(f"DIM {dim} is not a multiple of 4 x HEADS, here {4 * heads}")
+        if prediction not in ("x", "v"):
+            raise UserError(f'PREDICTION "{prediction}" is neither "x" nor "v"')
+        self.image_size, self.patch_size, self.prediction = image_size, patch_size, prediction
+        self.class_names, self.dataset = list(class_names), dataset
+        self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
+        values = 3 * patch_size**2  # in a patch
+        self.patch_embedding = nn.Linear(values, dim)
+        self.timestep_embedding = TimestepEmbedding(dim)
+        self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.final_modulation = nn.Linear(dim, 2 * dim)
+        self.final_layer = nn.Linear(dim, values)
+        self.skip = nn.Linear(dim, values)
+        cos, sin = rotary_table(image_size // patch_size, dim // heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.initialize()
+
+    def initialize(self):
+        """Xavier everywhere, and adaLN-zero: each block starts as the identity, the output at 0.
+
+        Class embeddings start so that c has scale 1: at 0.02, samples ignored their class.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        modulations = [block.modulation for block in self.blocks]
+        for layer in (*modulations, self.final_modulation, self.final_layer, self.skip):
+            nn.init.zeros_(layer.weight)
+        nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
+
+    def forward(self, z, t, y):
+        """Velocity of the flow at z_t = (1-t) x + t eps, (B,3,S,S) float32.
+
+        z: (B,3,S,S) float. t: (B,) in [0, 1]; 0 is data, 1 is noise. y: (B,) int64 class ids, where
+        num_classes is the null class.
+        """
+        B, P, side = len(z), self.patch_size, self.image_size // self.patch_size
+        c = F.silu(self.timestep_embedding(t) + CLASS_SCALE * self.class_embedding(y))  # (B, dim)
+        z_t = z.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)
+        x = self.patch_embedding(z_t)  # (B, T, dim)
+        for block in self.blocks:
+            x = block(x, c, self.cos, self.sin)
+        x = modulate(norm(x), *self.final_modulation(c).chunk(2, dim=-1))
+        # Near t = 0 the picture is all but there: a share of z_t, by t and class, goes past the
+        # blocks, which are narrower than a large patch and could not carry its detail.
+        x = (self.final_layer(x) + self.skip(c)[:, None] * z_t).float()  # (B, T, 3*P*P)
+        x = x.view(B, side, side, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+        if self.prediction == "v":
+            return x
+        return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
+        """As the mixin's, but missing weights are refused, and standard output stays clean."""
+        if "class_names" not in kwargs:
+            raise UserError(f"no config.json of a nanoDiT model in {model_id}")
+        with contextlib.redirect_stdout(None):
+            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+
+    def generate_model_card(self, **kwargs):
+        """The README.md that save_pretrained and push_to_hub write."""
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return ModelCard(MODEL_CARD.format(m=self, millions=millions, blocks=len(self.blocks)))
+
+
+MODEL_CARD = """---
+library_name: nanodit
+license: mit
+tags: [rectified-flow, dit]
+---
+A class-conditional diffusion transformer on pixels, trained with nanoDiT as a rectified flow.
+
+- Dataset: {m.dataset}, {m.num_classes} classes, {m.image_size}x{m.image_size} pixels
+- Size: {millions:.2f} M parameters, {blocks} blocks, patches of {m.patch_size}x{m.patch_size}
+- To sample: `python sample.py --checkpoint <this repository's id> --class-id 0` in nanoDiT
+"""

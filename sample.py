@@ -1,0 +1,231 @@
+"""Sample from a trained nanoDiT: noise flows to pictures, one Euler step after another.
+
+python sample.py                                # a picture of every class, in one grid
+python sample.py --class-id 3                   # four of class 3
+python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
+python sample.py --class-id 3 --gif             # and how they came out of the noise
+python sample.py --num-images 20 --save-images many    # single files, a folder a class
+python sample.py --checkpoint you/butterflies   # a model from the Hub
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from model import DiT, UserError
+
+DEFAULT_STEPS = 25  # Euler steps: each runs the network once, on twice the pictures
+DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 is none; more is closer to the class, with less variety
+MAX_BATCH = 64  # pictures that go through the network together
+
+
+@torch.no_grad()
+def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lambda z: None):
+    """Integrate dz/dt = v from noise at t = 1 to data at t = 0, with classifier-free guidance.
+
+    Euler:     z <- z - v / steps                    at t = 1, 1 - 1/steps, ..., 1/steps
+    Guidance:  v = v_null + w (v_class - v_null)     Ho & Salimans 2022, arXiv 2207.12598
+
+    model: a callable (z, t, y) -> v with `num_classes`; class_ids: (B,) int64; w = cfg_scale;
+    noise: (B,3,S,S). Returns x (B,3,S,S), not clamped to [-1, 1]. At w = 1 the network runs on B
+    pictures a step, otherwise on 2B. `record` is called with z before and after each step.
+    """
+    z = noise
+    record(z)
+    y = torch.as_tensor(class_ids, device=z.device)
+    y_both = torch.cat([y, torch.full_like(y, model.num_classes)])
+    for step in range(steps):
+        t = torch.full((len(z),), 1 - step / steps, device=z.device)
+        if cfg_scale == 1:
+            v = model(z, t, y)
+        else:
+            v_class, v_null = model(torch.cat([z, z]), torch.cat([t, t]), y_both).chunk(2)
+            v = v_null + cfg_scale * (v_class - v_null)
+        z = z - v / steps
+        record(z)
+    return z
+
+
+def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, **kwargs):
+    """Yield uint8 pictures (b,3,S,S) of the classes (N,), b <= MAX_BATCH at a time, on the CPU.
+
+    The noise is drawn on the CPU: a seed means the same picture on every device.
+    """
+    device, size = next(model.parameters()).device, model.image_size
+    generator = torch.Generator().manual_seed(seed)
+    for y in class_ids.split(MAX_BATCH):
+        noise = torch.randn(len(y), 3, size, size, generator=generator).to(device)
+        with autocast(device):
+            x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, **kwargs)
+        yield to_uint8(x)
+
+
+def to_uint8(x):
+    """Pictures in [-1, 1] -> uint8 on the CPU; what overshoots is clamped."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+
+def to_grid(pictures, columns=None):
+    """uint8 (N,3,S,S) -> one PIL image; without `columns` about three times as wide as high."""
+    return to_pil_image(make_grid(pictures, nrow=columns or math.ceil((3 * len(pictures)) ** 0.5)))
+
+
+def pick_device(name):
+    """The torch device of that name; "auto" is cuda, else mps, else cpu."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    usable = [device for device in usable if usable[device]] + ["cpu"]
+    if name != "auto" and name.split(":")[0] not in usable:
+        raise UserError(f'DEVICE "{name}" is not here: choose auto or {" or ".join(usable)}')
+    return torch.device(usable[0] if name == "auto" else name)
+
+
+def autocast(device):
+    """bf16 on CUDA devices that compute in it; elsewhere it would be slow, so float32 stays."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def write_beside(path, write):
+    """write(name) under another name, then rename to `path`: it is there whole, or as it was."""
+    beside = path.with_name(f".writing-{path.name}")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_model(checkpoint):
+    """The model in a folder such as out/, or of a Hub id such as you/name; UserError if none."""
+    if Path(checkpoint).is_dir() or "/" not in checkpoint:
+        if not Path(checkpoint, "config.json").is_file():
+            raise UserError(
+                f"no model in {checkpoint}: `python train.py --preset laptop` makes out"
+            )
+    try:
+        return DiT.from_pretrained(checkpoint)
+    except Exception as error:  # files and the Hub's library have many ways to be wrong
+        raise UserError(f"no model to be had from {checkpoint}: {str(error)[:200]}") from error
+
+
+def find_class(names, wanted):
+    """The class id of a name, case ignored; UserError names the nearest."""
+    ids = {name.casefold(): i for i, name in enumerate(names)}
+    if wanted.casefold() not in ids:
+        near = [
+            names[ids[n]] for n in difflib.get_close_matches(wanted.casefold(), ids, cutoff=0.4)
+        ]
+        hint = " or ".join(near) or "one that --list-classes shows"
+        raise UserError(f'--class-name "{wanted}" is no class of this model: try {hint}')
+    return ids[wanted.casefold()]
+
+
+class Parser(argparse.ArgumentParser):
+    """The module's docstring is the first part of --help; an error is one line, without usage."""
+
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def run(main):
+    """Run a command line: what the user can mend becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags():
+    parser = Parser(__doc__)
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    either("--class-id", type=int, nargs="+", metavar="ID", help="one or several, a row each")
+    either("--class-name", nargs="+", metavar="NAME", help="instead of ids; case is ignored")
+    either("--list-classes", action="store_true", help="print ids and names, and stop")
+    add("--num-images", type=int, metavar="N", help="pictures a class (4; 1 if no class is given)")
+    add("--steps", type=int, default=DEFAULT_STEPS, help="Euler steps (%(default)s)")
+    add(
+        "--cfg-scale", type=float, default=DEFAULT_CFG_SCALE, help="guidance, 1: none (%(default)s)"
+    )
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
+    add("--checkpoint", default="out", help="a folder or a Hub id (%(default)s)")
+    add("--output", type=Path, metavar="PNG", help="the grid (samples/<classes>-seed-<seed>.png)")
+    add("--gif", action="store_true", help="also the way from noise to pictures, beside the PNG")
+    add("--save-images", type=Path, metavar="DIR", help="also each as DIR/<class name>/<n>.png")
+    flags = parser.parse_args()
+    if flags.steps < 1 or (flags.num_images or 1) < 1:
+        raise UserError("--steps and --num-images must be at least 1")
+    if not math.isfinite(flags.cfg_scale) or not 0 <= flags.seed < 2**63:
+        raise UserError("--cfg-scale must be a finite number, --seed at least 0 and below 2^63")
+    return flags
+
+
+def main():
+    flags = parse_flags()
+    device = pick_device(flags.device)
+    model = load_model(flags.checkpoint).to(device)
+    names = model.class_names
+    if flags.list_classes:
+        print("\n".join(f"{i:4} {name}" for i, name in enumerate(names)))
+        return
+    chosen = flags.class_id or [find_class(names, name) for name in flags.class_name or []]
+    chosen = list(dict.fromkeys(chosen))  # a class named twice is one row
+    for i in chosen:
+        if not 0 <= i < len(names):
+            raise UserError(f"--class-id {i} is not from 0 to {len(names) - 1} (--list-classes)")
+    each = flags.num_images or (4 if chosen else 1)
+    class_ids = torch.tensor(chosen or range(len(names))).repeat_interleave(each)
+
+    name = f"class-{'-'.join(map(str, chosen[:8])) or 'all'}-seed-{flags.seed}.png"
+    output = flags.output or Path("samples", name)
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output} is not the name of a .png file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files = [(names[y], f"{n % each}.png") for n, y in enumerate(class_ids.tolist())]
+    files = [Path(flags.save_images, *file) for file in files] if flags.save_images else []
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            raise UserError(f"{file} is there already: give --save-images a new folder")
+
+    pictures, passed = [], []  # passed: the states on the way, of one batch after another
+    record = (lambda z: passed.append(to_uint8(z))) if flags.gif else (lambda z: None)
+    batches = generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record=record)
+    with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
+        for picture in (p for batch in batches for p in batch):
+            if files:
+                to_pil_image(picture).save(files[len(pictures)])
+            pictures.append(picture)
+            bar.update()
+    columns = each if chosen or each > 1 else None  # a row a class, or a block of single pictures
+    grid = to_grid(torch.stack(pictures), columns)
+    write_beside(output, lambda beside: grid.save(beside, "PNG"))
+    print(output)
+    if flags.gif:
+        frames = [torch.cat(passed[i :: flags.steps + 1]) for i in range(flags.steps + 1)]
+        first, *rest = [to_grid(frame, columns) for frame in frames]
+        options = {"save_all": True, "append_images": rest, "loop": 0}
+        options["duration"] = [80] * len(rest) + [
+            2000
+        ]  # milliseconds; the result stays for a while
+        gif = output.with_suffix(".gif")
+        write_beside(gif, lambda beside: first.save(beside, "GIF", **options))
+        print(gif)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,419 @@
+"""Train nanoDiT: a class-conditional diffusion transformer, as a rectified flow.
+
+    python train.py --preset laptop            # drawn butterflies, three minutes on two CPU cores
+    python train.py                            # photographs from the Hub, sized for one large GPU
+    python train.py --dataset my_pictures      # a folder that holds a folder of pictures a class
+    python train.py --resume                   # go on with the run in out/, whatever stopped it
+    python train.py --dim 256 --out-dir wide   # every constant below is a flag
+
+Writes out/: config.json and model.safetensors (the averaged weights, for sample.py and the Hub),
+train_state.pt (for --resume), log.csv and samples/.
+"""
+
+import copy
+import math
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
+
+from assets.draw_butterflies import draw_butterflies
+from model import DiT, UserError
+from sample import MAX_BATCH, Parser, autocast, generate, pick_device, run, to_grid, write_beside
+
+# input and output
+DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
+OUT_DIR = "out"  # checkpoints, log and sample grids go here
+EVAL_EVERY = 250  # steps from one row of log.csv to the next, with the held-out loss
+SAMPLE_EVERY = 500  # steps from one grid in samples/ to the next
+CHECKPOINT_EVERY = 500  # steps from one checkpoint to the next; --resume loses no more than these
+# data
+IMAGE_SIZE = 64  # pixels a side, after resizing and cropping; a multiple of PATCH_SIZE
+FLIP_SHARE = 0.5  # pictures seen mirrored; 0 where left and right differ, as in writing
+# model
+PATCH_SIZE = 4  # pixels a side; half of it costs four times the compute
+DIM = 384  # width; a multiple of 4 x HEADS
+DEPTH = 12  # blocks
+HEADS = 6  # attention heads
+PREDICTION = "x"  # what the network predicts inside: the picture "x" or the velocity "v"
+# optimizer
+STEPS = 10000  # optimizer steps of the whole run
+BATCH_SIZE = 256  # pictures a step
+LEARNING_RATE = 1e-3  # of AdamW, at its highest
+BETA2 = 0.95  # of AdamW: memory of squared gradients
+GRAD_CLIP = 1.0  # largest norm of the gradient
+LABEL_DROP = 0.1  # pictures seen without their class: what guidance needs
+EMA_DECAY = 0.999  # memory of the averaged weights, from which samples are drawn
+# schedule
+WARMUP_STEPS = 200  # of the learning rate, clipped to a tenth of a short run
+DECAY_SHARE = 0.4  # last part of the run, in which the learning rate falls to zero
+# t, from 0 (data) to 1 (noise): the logistic function of a normal variable
+T_MEAN = 0.8  # above 0: more time on noisy pictures, where shapes and colours are decided
+T_STD = 1.0  # larger: more time near both ends
+# system
+SEED = 0  # of everything drawn at random
+DEVICE = "auto"  # auto is cuda, else mps, else cpu
+COMPILE = 1  # torch.compile on CUDA, where it pays; 0 for never
+
+# --preset laptop: the drawn butterflies, a network that two CPU cores train in three minutes
+LAPTOP = {
+    "DATASET": "drawn",
+    "PATCH_SIZE": 8,
+    "DIM": 128,
+    "DEPTH": 4,
+    "HEADS": 4,
+    "STEPS": 3000,
+    "BATCH_SIZE": 16,
+    "LEARNING_RATE": 3e-3,
+    "EMA_DECAY": 0.998,
+}
+
+# name -> comment of every constant above; each is a flag, and kept in train_state.pt
+SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
+SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SETTINGS, re.M))
+MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "PREDICTION")
+RUN_FILES = ("config.json", "model.safetensors", "train_state.pt")
+EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the validation loss is the mean over these t
+LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait for the GPU
+
+
+def rectified_flow_loss(model, x, y, t, noise):
+    """Mean squared error of the velocity on the straight line from data x to noise eps, a scalar.
+
+    z_t = (1-t) x + t eps,    v = dz_t/dt = eps - x,    loss = |model(z_t, t, y) - v|^2
+
+    x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003.
+    """
+    t_ = t[:, None, None, None]
+    z_t = (1 - t_) * x + t_ * noise
+    v = noise - x
+    return F.mse_loss(model(z_t, t, y), v)
+
+
+@torch.no_grad()
+def validation_loss(model, images, labels):
+    """Mean loss over uint8 images (N,3,S,S) and EVAL_T, with the same noise every time: a float."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for batch, y in zip(images.split(MAX_BATCH), labels.split(MAX_BATCH)):
+        x = batch.float() / 127.5 - 1
+        for t in EVAL_T:
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            times = torch.full((len(x),), t, device=x.device)
+            with autocast(x.device):
+                total += rectified_flow_loss(model, x, y, times, noise) * len(x)
+    return total.item() / (len(images) * len(EVAL_T))
+
+
+def random_batch(images, labels, num_classes, step):
+    """What step number `step` needs: pictures x, class ids y (some null), times t and noise.
+
+    All of it follows from SEED and the step, so that a resumed run needs no random state.
+    """
+    device = images.device if images.is_cuda else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
+
+    def draw(distribution, *shape):
+        return distribution(shape, generator=generator, device=device).to(images.device)
+
+    i = (draw(torch.rand, BATCH_SIZE) * len(images)).long()
+    x = images[i].float() / 127.5 - 1
+    x = torch.where(draw(torch.rand, BATCH_SIZE, 1, 1, 1) < FLIP_SHARE, x.flip(3), x)
+    y = torch.where(draw(torch.rand, BATCH_SIZE) < LABEL_DROP, num_classes, labels[i])
+    # logit-normal t: Esser et al. 2024, arXiv 2403.03206
+    t = torch.sigmoid(T_MEAN + T_STD * draw(torch.randn, BATCH_SIZE))
+    return x, y, t, draw(torch.randn, *x.shape)
+
+
+def load_images(folder, image_size):
+    """Read a folder of class folders: uint8 (N,3,S,S), int64 labels (N,), [class names, sorted].
+
+    Pictures directly in the folder are one class, named like it. Hidden files and folders, and what
+    is no picture by its name, are passed over; a picture that cannot be read is named on stderr and
+    left out. Raises UserError where the folder, or a class in it, is left without any.
+    """
+    folder = Path(folder)
+    classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
+    if loose := find_pictures(folder, "*"):
+        classes[folder.resolve().name] = loose
+    names = sorted(name for name in classes if not name.startswith("."))
+    files = [(path, label) for label, name in enumerate(names) for path in classes[name]]
+    pictures = thread_map(lambda file: read_picture(file[0], image_size), files, desc="reading")
+    if broken := [str(path) for (path, _), picture in zip(files, pictures) if picture is None]:
+        named = ", ".join(broken[:10]) + ", ..." * (len(broken) > 10)
+        print(f"skipped {len(broken)} pictures that cannot be read: {named}", file=sys.stderr)
+    labels = [label for (_, label), picture in zip(files, pictures) if picture is not None]
+    missing = sorted(set(range(len(names))) - set(labels))
+    if missing or not labels:
+        where = f"class {names[missing[0]]} of {folder}" if missing else folder
+        raise UserError(f"no pictures in {where}: put some there, or remove an empty class folder")
+    pictures = [picture for picture in pictures if picture is not None]
+    return torch.stack(pictures), torch.tensor(labels), names
+
+
+def find_pictures(folder, pattern):
+    """Paths of the pictures that match, sorted; nothing hidden, nor in a hidden folder."""
+    paths = [path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    return sorted(folder / p for p in paths if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif"))
+
+
+def read_picture(path, image_size):
+    """uint8 (3,S,S): upright, on white, short side resized, centre cropped; None if unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            size = (image_size, image_size)
+            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
+    except Exception:  # a broken file can raise nearly anything
+        return None
+
+
+def load_dataset():
+    """What DATASET names, as load_images returns it."""
+    if DATASET == "drawn":
+        return draw_butterflies(images_per_class=54, image_size=IMAGE_SIZE, seed=0)
+    folder = DATASET
+    if not Path(folder).is_dir():
+        try:  # into the Hub's own cache
+            folder = snapshot_download(DATASET, repo_type="dataset")
+        except Exception as error:  # the Hub's library has many ways to say no
+            why = f"{DATASET} is no folder, and not had from the Hub: {str(error).splitlines()[0]}"
+            raise UserError(f"{why}; try --preset laptop, or --dataset FOLDER") from error
+    return load_images(folder, IMAGE_SIZE)
+
+
+def held_out(labels):
+    """Mask (N,) of the validation pictures: every twentieth of each class that has two or more."""
+    counts = torch.bincount(labels)
+    place_in_class = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]
+    return (place_in_class % 20 == 0) & (counts[labels] > 1)
+
+
+def learning_rate_at(step):
+    """Linear warmup, constant, linear decay to zero just after the last of the steps 1 to STEPS."""
+    warmup = max(1, min(WARMUP_STEPS, STEPS // 10))
+    decay = max(1, DECAY_SHARE * STEPS)
+    return LEARNING_RATE * min(1, step / warmup, (STEPS + 1 - step) / decay)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Average over about 1 / (1 - EMA_DECAY) steps; early on over fewer, or it stays grey."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def save_checkpoint(ema, state):
+    """Write beside, then rename: the state last, for it alone decides where --resume goes on."""
+    beside = Path(OUT_DIR, ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    ema.save_pretrained(beside)
+    torch.save(state, beside / "train_state.pt")
+    for name in RUN_FILES:
+        (beside / name).replace(Path(OUT_DIR, name))
+    shutil.rmtree(beside)
+
+
+def save_grid(ema, step):
+    """A picture of every class, or of 75 spread over them, from the same noise every time."""
+    classes = torch.linspace(0, ema.num_classes - 1, min(ema.num_classes, 75)).round().long()
+    grid = to_grid(torch.cat(list(generate(ema, classes, seed=SEED))))
+    path = Path(OUT_DIR, "samples", f"step-{step:06}.png")
+    write_beside(path, lambda beside: grid.save(beside, "PNG"))
+
+
+def parse_flags():
+    """The options, and the constants given as flags: each has one, with its comment as the help."""
+    parser = Parser(__doc__)
+    parser.add_argument("--preset", choices=["laptop"], help="the constants in LAPTOP")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
+    for name, comment in SETTINGS.items():
+        default, flag = globals()[name], "--" + name.lower().replace("_", "-")
+        parser.add_argument(flag, dest=name, type=type(default), help=f"{comment} ({default})")
+    options = parser.parse_args()
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces it: not both")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return options, {name: given[name] for name in SETTINGS if name in given}
+
+
+def apply_settings(settings):
+    """Make the settings the constants of this module; UserError names one that cannot be."""
+    for name, value in settings.items():
+        lowest = {"SEED": 0, "WARMUP_STEPS": 0, "COMPILE": 0, "T_MEAN": -100}.get(name)
+        lowest = isinstance(value, int) if lowest is None else lowest
+        if not isinstance(value, str) and not lowest <= value < math.inf:
+            raise UserError(f"{name} cannot be {value}: {int(lowest)} is the lowest")
+    globals().update(settings)
+
+
+def load_state(settings, flags):
+    """The state of the run in OUT_DIR; its settings become the constants, but for the flags."""
+    path = Path(OUT_DIR, "train_state.pt")
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path}: leave --resume away, or name --out-dir")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name in (*MODEL_SETTINGS, "SEED"):
+        was, wanted = state["settings"][name], settings.get(name, state["settings"][name])
+        if was != wanted:
+            raise UserError(f"--resume: {name} is {was} in {OUT_DIR} and cannot become {wanted}")
+    apply_settings({**state["settings"], "OUT_DIR": OUT_DIR, **flags})
+    return state
+
+
+def new_model(class_names):
+    sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
+    return DiT(class_names=class_names, dataset=DATASET, **sizes)
+
+
+def one_picture(device):
+    """Take a picture forward and backward through a new network; returns the seconds it took."""
+    start = time.perf_counter()
+    with torch.device(device):
+        x, t = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(1)
+        rectified_flow_loss(new_model(["any"]), x, torch.tensor([0]), t, x).backward()
+    return time.perf_counter() - start
+
+
+def main():
+    options, flags = parse_flags()
+    settings = {**(LAPTOP if options.preset else {}), **flags}
+    apply_settings(settings)
+    state = load_state(settings, flags) if options.resume else None
+    out = Path(OUT_DIR)
+    if state and state["step"] >= STEPS:
+        print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
+        return
+    if not (state or options.overwrite) and any((out / name).exists() for name in RUN_FILES):
+        raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
+    device = pick_device(DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        one_picture("meta")
+    if device.type == "cpu":
+        hours = min(one_picture("cpu") for _ in range(3)) * BATCH_SIZE * STEPS / 3600
+        if hours > 0.5:
+            print(f"about {hours:.1f} hours on this CPU; --preset laptop takes minutes")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+
+    images, labels, class_names = load_dataset()
+    val = held_out(labels)
+    data = images[~val].to(device), labels[~val].to(device)
+    val_data = (images[val].to(device), labels[val].to(device)) if val.any() else data
+    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
+
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    model = new_model(class_names).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    weights = list(model.parameters())
+    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 1e9
+    print(f"{millions:.2f} M parameters, {gflop:.2f} GFLOP an image, {device}", flush=True)
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, BETA2), weight_decay=0, fused=fused)
+    now = {"step": 0, "seconds": 0.0, "losses": []}  # the losses since the last row of log.csv
+    rows = ["step,train_loss,val_loss,learning_rate,images_per_second,seconds"]
+    if state:
+        if class_names != state["class_names"]:
+            raise UserError(f"--resume: {DATASET} has other classes than the run in {out}")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        groups = optimizer.state_dict()["param_groups"]  # these with the constants of today
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        now = {name: state[name] for name in now}
+        now["losses"] = [loss.to(device) for loss in now["losses"]]
+        written = (out / "log.csv").read_text().splitlines()[1:]
+        rows += [row for row in written if int(row.split(",")[0]) <= now["step"]]
+    row_step, row_time = now["step"], time.perf_counter()
+    started = row_time - now["seconds"]
+
+    def checkpoint():
+        now["seconds"] = time.perf_counter() - started
+        state = {**now, "class_names": class_names, "optimizer": optimizer.state_dict()["state"]}
+        state |= {"model": model.state_dict(), "ema": ema.state_dict()}
+        save_checkpoint(ema, {**state, "settings": {name: globals()[name] for name in SETTINGS}})
+
+    if not state:
+        for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
+            old.unlink()
+        checkpoint()  # from here on --resume works
+    write_beside(out / "log.csv", lambda beside: beside.write_text("\n".join(rows) + "\n"))
+    if COMPILE and device.type == "cuda":
+        model.compile()  # in place, so that the weights keep their names
+    caught = []  # signals; the step under way is ended first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+
+    bar = tqdm(total=STEPS * BATCH_SIZE, unit="img", unit_scale=True, mininterval=0.5)
+    bar.initial = bar.n = now["step"] * BATCH_SIZE
+    warm_step = now["step"] + 10  # the first steps are slower: not for guessing the time left
+    for step in range(now["step"] + 1, STEPS + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step)
+        x, y, t, noise = random_batch(*data, model.num_classes, step)
+        with autocast(device):
+            loss = rectified_flow_loss(model, x, y, t, noise)
+        loss.backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, step)
+        now["step"] = step
+        now["losses"].append(loss.detach())
+        bar.update(BATCH_SIZE)
+
+        intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
+        evaluate, sample, save, look = (step % n == 0 or step == STEPS for n in intervals)
+        if evaluate or sample or save or look or caught:
+            train_loss = torch.stack(now["losses"]).mean().item()
+            if not math.isfinite(train_loss + gradient_norm.item()):
+                bar.close()
+                why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
+                raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
+            bar.set_postfix(step=step, loss=f"{train_loss:.4f}", refresh=False)
+        if step == warm_step:
+            warm_time = time.perf_counter()
+        if step == warm_step + 20:
+            left = (time.perf_counter() - warm_time) / 20 * (STEPS - step) / 60
+            bar.write(f"about {left:.1f} minutes to go, beside validation and grids")
+        if evaluate:
+            rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
+            val_loss = validation_loss(ema, *val_data)
+            row_step, row_time = step, time.perf_counter()
+            row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
+            with open(out / "log.csv", "a") as log:
+                log.write(f"{row},{rate:.1f},{row_time - started:.1f}\n")
+            bar.write(f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}")
+            now["losses"] = []
+        if sample:
+            save_grid(ema, step)
+        if save or caught:
+            checkpoint()
+        if caught:
+            break
+    bar.close()
+    if caught:
+        print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
+        sys.exit(128 + caught[0])
+    print(f"trained in {now['seconds'] / 60:.1f} minutes: see {out / 'samples'}")
+
+
+if __name__ == "__main__":
+    run(main)
