@@ -86,17 +86,11 @@ class Block(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))
 
 
-class TimestepEmbedding(nn.Module):
-    """t (B,) in [0, 1] -> (B, dim): waves of 1000 t at 128 frequencies, then a small MLP."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("frequencies", 1e-4 ** (torch.arange(128) / 128), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, t):
-        angles = 1000 * t.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+def waves(t):
+    """t (B,) in [0, 1] -> (B, 256): cosines and sines of 1000 t at 128 frequencies, 1 to 1e-4."""
+    frequencies = 1e-4 ** (torch.arange(128, device=t.device) / 128)
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class DiT(nn.Module, PyTorchModelHubMixin):
@@ -124,7 +118,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
         values = 3 * patch_size**2  # in a patch
         self.patch_embedding = nn.Linear(values, dim)
-        self.timestep_embedding = TimestepEmbedding(dim)
+        self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
@@ -156,7 +150,9 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         num_classes is the null class.
         """
         B, P, side = len(z), self.patch_size, self.image_size // self.patch_size
-        c = F.silu(self.timestep_embedding(t) + CLASS_SCALE * self.class_embedding(y))  # (B, dim)
+        c = F.silu(
+            self.timestep_embedding(waves(t)) + CLASS_SCALE * self.class_embedding(y)
+        )  # (B, dim)
         z_t = z.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)
         x = self.patch_embedding(z_t)  # (B, T, dim)
         for block in self.blocks:
@@ -190,7 +186,6 @@ license: mit
 tags: [rectified-flow, dit]
 ---
 A class-conditional diffusion transformer on pixels, trained with nanoDiT as a rectified flow.
-
 - Dataset: {m.dataset}, {m.num_classes} classes, {m.image_size}x{m.image_size} pixels
 - Size: {millions:.2f} M parameters, {blocks} blocks, patches of {m.patch_size}x{m.patch_size}
 - To sample: `python sample.py --checkpoint <this repository's id> --class-id 0` in nanoDiT

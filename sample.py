@@ -95,11 +95,8 @@ def autocast(device):
 def write_beside(path, write):
     """write(name) under another name, then rename to `path`: it is there whole, or as it was."""
     beside = path.with_name(f".writing-{path.name}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write(beside)
+    beside.replace(path)
 
 
 def load_model(checkpoint):
@@ -127,15 +124,11 @@ def find_class(names, wanted):
     return ids[wanted.casefold()]
 
 
-class Parser(argparse.ArgumentParser):
-    """The module's docstring is the first part of --help; an error is one line, without usage."""
-
-    def __init__(self, description):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists every flag)")
+def new_parser(description, **kwargs):
+    """A parser of flags whose errors are one line: without a usage there is none to print."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    kwargs |= {"description": description, "formatter_class": formatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, **kwargs)
 
 
 def run(main):
@@ -145,12 +138,14 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            Path(sys.argv[0]).name, "error", " ".join(str(error).split()), sep=": ", file=sys.stderr
+        )
         sys.exit(2)
 
 
 def parse_flags():
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     either("--class-id", type=int, nargs="+", metavar="ID", help="one or several, a row each")
     either("--class-name", nargs="+", metavar="NAME", help="instead of ids; case is ignored")

@@ -6,10 +6,11 @@
     python train.py --resume                   # go on with the run in out/, whatever stopped it
     python train.py --dim 256 --out-dir wide   # every constant below is a flag
 
-Writes out/: config.json and model.safetensors (the averaged weights, for sample.py and the Hub),
-train_state.pt (for --resume), log.csv and samples/.
+Writes into out/: config.json and model.safetensors (averaged weights, for sample.py and the Hub),
+train_state.pt (for --resume), log.csv, samples/.
 """
 
+import argparse
 import copy
 import math
 import re
@@ -29,9 +30,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
+import sample
 from assets.draw_butterflies import draw_butterflies
 from model import DiT, UserError
-from sample import MAX_BATCH, Parser, autocast, generate, pick_device, run, to_grid, write_beside
 
 # input and output
 DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
@@ -107,21 +108,18 @@ def validation_loss(model, images, labels):
     """Mean loss over uint8 images (N,3,S,S) and EVAL_T, with the same noise every time: a float."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0
-    for batch, y in zip(images.split(MAX_BATCH), labels.split(MAX_BATCH)):
+    for batch, y in zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH)):
         x = batch.float() / 127.5 - 1
         for t in EVAL_T:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             times = torch.full((len(x),), t, device=x.device)
-            with autocast(x.device):
+            with sample.autocast(x.device):
                 total += rectified_flow_loss(model, x, y, times, noise) * len(x)
     return total.item() / (len(images) * len(EVAL_T))
 
 
 def random_batch(images, labels, num_classes, step):
-    """What step number `step` needs: pictures x, class ids y (some null), times t and noise.
-
-    All of it follows from SEED and the step, so that a resumed run needs no random state.
-    """
+    """Pictures x, class ids y (some null), times t and noise: all follow from SEED and the step."""
     device = images.device if images.is_cuda else torch.device("cpu")
     generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
 
@@ -140,9 +138,9 @@ def random_batch(images, labels, num_classes, step):
 def load_images(folder, image_size):
     """Read a folder of class folders: uint8 (N,3,S,S), int64 labels (N,), [class names, sorted].
 
-    Pictures directly in the folder are one class, named like it. Hidden files and folders, and what
-    is no picture by its name, are passed over; a picture that cannot be read is named on stderr and
-    left out. Raises UserError where the folder, or a class in it, is left without any.
+    Pictures directly in the folder are one class, named like it. What is hidden, or by its name no
+    picture, is passed over; what cannot be read is named on stderr and left out. Raises UserError
+    where the folder, or a class in it, is left without pictures.
     """
     folder = Path(folder)
     classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
@@ -150,7 +148,8 @@ def load_images(folder, image_size):
         classes[folder.resolve().name] = loose
     names = sorted(name for name in classes if not name.startswith("."))
     files = [(path, label) for label, name in enumerate(names) for path in classes[name]]
-    pictures = thread_map(lambda file: read_picture(file[0], image_size), files, desc="reading")
+    options = {"desc": "reading pictures", "leave": False, "disable": None}  # None: on terminals
+    pictures = thread_map(lambda file: read_picture(file[0], image_size), files, **options)
     if broken := [str(path) for (path, _), picture in zip(files, pictures) if picture is None]:
         named = ", ".join(broken[:10]) + ", ..." * (len(broken) > 10)
         print(f"skipped {len(broken)} pictures that cannot be read: {named}", file=sys.stderr)
@@ -235,25 +234,23 @@ def save_checkpoint(ema, state):
 def save_grid(ema, step):
     """A picture of every class, or of 75 spread over them, from the same noise every time."""
     classes = torch.linspace(0, ema.num_classes - 1, min(ema.num_classes, 75)).round().long()
-    grid = to_grid(torch.cat(list(generate(ema, classes, seed=SEED))))
+    grid = sample.to_grid(torch.cat(list(sample.generate(ema, classes, seed=SEED))))
     path = Path(OUT_DIR, "samples", f"step-{step:06}.png")
-    write_beside(path, lambda beside: grid.save(beside, "PNG"))
+    sample.write_beside(path, lambda beside: grid.save(beside, "PNG"))
 
 
 def parse_flags():
-    """The options, and the constants given as flags: each has one, with its comment as the help."""
-    parser = Parser(__doc__)
+    """(options, the constants among them); a constant's comment is the help of its flag."""
+    parser = sample.new_parser(__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=["laptop"], help="the constants in LAPTOP")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
     for name, comment in SETTINGS.items():
         default, flag = globals()[name], "--" + name.lower().replace("_", "-")
         parser.add_argument(flag, dest=name, type=type(default), help=f"{comment} ({default})")
-    options = parser.parse_args()
-    if options.resume and options.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite replaces it: not both")
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    return options, {name: given[name] for name in SETTINGS if name in given}
+    options = vars(parser.parse_args())
+    return options, {name: options[name] for name in SETTINGS if name in options}
 
 
 def apply_settings(settings):
@@ -285,33 +282,37 @@ def new_model(class_names):
     return DiT(class_names=class_names, dataset=DATASET, **sizes)
 
 
-def one_picture(device):
-    """Take a picture forward and backward through a new network; returns the seconds it took."""
-    start = time.perf_counter()
+def seconds_per_picture(device):
+    """What a picture costs to train on: four go forward and backward through a new network."""
     with torch.device(device):
-        x, t = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(1)
-        rectified_flow_loss(new_model(["any"]), x, torch.tensor([0]), t, x).backward()
-    return time.perf_counter() - start
+        model, x, t = new_model(["any"]), torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(4)
+        start = time.perf_counter()
+        rectified_flow_loss(model, x, torch.zeros(4, dtype=torch.long), t, x).backward()
+    return (time.perf_counter() - start) / 4
 
 
 def main():
     options, flags = parse_flags()
-    settings = {**(LAPTOP if options.preset else {}), **flags}
+    settings = {**(LAPTOP if "preset" in options else {}), **flags}
     apply_settings(settings)
-    state = load_state(settings, flags) if options.resume else None
+    state = load_state(settings, flags) if "resume" in options else None
     out = Path(OUT_DIR)
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
         return
-    if not (state or options.overwrite) and any((out / name).exists() for name in RUN_FILES):
+    if (
+        not state
+        and "overwrite" not in options
+        and any((out / name).exists() for name in RUN_FILES)
+    ):
         raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
-    device = pick_device(DEVICE)
+    device = sample.pick_device(DEVICE)
     with FlopCounterMode(display=False) as counter:
-        one_picture("meta")
+        seconds_per_picture("meta")
     if device.type == "cpu":
-        hours = min(one_picture("cpu") for _ in range(3)) * BATCH_SIZE * STEPS / 3600
-        if hours > 0.5:
-            print(f"about {hours:.1f} hours on this CPU; --preset laptop takes minutes")
+        minutes = min(seconds_per_picture("cpu") for _ in range(3)) * BATCH_SIZE * STEPS / 60
+        hint = "; --preset laptop takes about three" if minutes > 30 else ""
+        print(f"about {minutes:,.0f} minutes on this CPU{hint}", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
 
     images, labels, class_names = load_dataset()
@@ -325,12 +326,11 @@ def main():
     model = new_model(class_names).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     weights = list(model.parameters())
-    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 1e9
+    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 4e9
     print(f"{millions:.2f} M parameters, {gflop:.2f} GFLOP an image, {device}", flush=True)
-    fused = device.type != "mps"
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, BETA2), weight_decay=0, fused=fused)
-    now = {"step": 0, "seconds": 0.0, "losses": []}  # the losses since the last row of log.csv
-    rows = ["step,train_loss,val_loss,learning_rate,images_per_second,seconds"]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, BETA2), weight_decay=0, fused=True)
+    header = "step,train_loss,val_loss,learning_rate,images_per_second,seconds"
+    now = {"step": 0, "seconds": 0.0, "log": [header], "losses": []}  # losses since the last row
     if state:
         if class_names != state["class_names"]:
             raise UserError(f"--resume: {DATASET} has other classes than the run in {out}")
@@ -340,10 +340,12 @@ def main():
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         now = {name: state[name] for name in now}
         now["losses"] = [loss.to(device) for loss in now["losses"]]
-        written = (out / "log.csv").read_text().splitlines()[1:]
-        rows += [row for row in written if int(row.split(",")[0]) <= now["step"]]
     row_step, row_time = now["step"], time.perf_counter()
     started = row_time - now["seconds"]
+
+    def write_log():
+        text = "\n".join(now["log"]) + "\n"
+        sample.write_beside(out / "log.csv", lambda beside: beside.write_text(text))
 
     def checkpoint():
         now["seconds"] = time.perf_counter() - started
@@ -355,7 +357,7 @@ def main():
         for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
             old.unlink()
         checkpoint()  # from here on --resume works
-    write_beside(out / "log.csv", lambda beside: beside.write_text("\n".join(rows) + "\n"))
+    write_log()
     if COMPILE and device.type == "cuda":
         model.compile()  # in place, so that the weights keep their names
     caught = []  # signals; the step under way is ended first
@@ -364,11 +366,10 @@ def main():
 
     bar = tqdm(total=STEPS * BATCH_SIZE, unit="img", unit_scale=True, mininterval=0.5)
     bar.initial = bar.n = now["step"] * BATCH_SIZE
-    warm_step = now["step"] + 10  # the first steps are slower: not for guessing the time left
     for step in range(now["step"] + 1, STEPS + 1):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step)
         x, y, t, noise = random_batch(*data, model.num_classes, step)
-        with autocast(device):
+        with sample.autocast(device):
             loss = rectified_flow_loss(model, x, y, t, noise)
         loss.backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
@@ -380,29 +381,24 @@ def main():
         bar.update(BATCH_SIZE)
 
         intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
-        evaluate, sample, save, look = (step % n == 0 or step == STEPS for n in intervals)
-        if evaluate or sample or save or look or caught:
+        evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
+        if evaluate or show or save or look or caught:
             train_loss = torch.stack(now["losses"]).mean().item()
             if not math.isfinite(train_loss + gradient_norm.item()):
                 bar.close()
                 why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
                 raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
             bar.set_postfix(step=step, loss=f"{train_loss:.4f}", refresh=False)
-        if step == warm_step:
-            warm_time = time.perf_counter()
-        if step == warm_step + 20:
-            left = (time.perf_counter() - warm_time) / 20 * (STEPS - step) / 60
-            bar.write(f"about {left:.1f} minutes to go, beside validation and grids")
         if evaluate:
             rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
             val_loss = validation_loss(ema, *val_data)
             row_step, row_time = step, time.perf_counter()
             row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-            with open(out / "log.csv", "a") as log:
-                log.write(f"{row},{rate:.1f},{row_time - started:.1f}\n")
+            now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}")
+            write_log()
             bar.write(f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}")
             now["losses"] = []
-        if sample:
+        if show:
             save_grid(ema, step)
         if save or caught:
             checkpoint()
@@ -416,4 +412,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    sample.run(main)

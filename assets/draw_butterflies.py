@@ -1,20 +1,21 @@
 """The embedded dataset: butterflies drawn from a formula, so that nothing has to be downloaded.
 
-    python assets/draw_butterflies.py drawn/                          # 54 pictures of each of the 75 classes
-    python assets/draw_butterflies.py drawn/ --images-per-class 5 --image-size 128 --seed 1
+    python assets/draw_butterflies.py drawn-butterflies      # 54 pictures of each of the 75 classes
+    python assets/draw_butterflies.py few --images-per-class 5 --image-size 128 --seed 1
 
-Five wing colours x five wing patterns x three wing shapes make 75 classes. Class id = 15*colour + 3*pattern +
-shape, and each list below is in alphabetical order, so a folder of these pictures gets the same ids. Pose, size,
-wing opening, tint and background differ from picture to picture. A wing is an ellipse that may taper; a pattern is
-a condition on the position within the wing; edges are smoothed by drawing four times the pixels and averaging.
+Five wing colours x five wing patterns x three wing shapes make 75 classes. Class id = 15*colour +
+3*pattern + shape, each list in alphabetical order, so that a folder of these pictures gets the same
+ids. Pose, size, wing opening, tint and background differ from picture to picture. A wing is an
+ellipse that may taper; a pattern is a condition on the position within the wing; edges are smoothed
+by drawing four points a pixel and averaging.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 HUES = {
     "blue": 0.60,
@@ -24,7 +25,7 @@ HUES = {
     "yellow": 0.13,
 }  # of the colour wheel
 PATTERNS = ["bands", "border", "eyes", "plain", "spots"]
-# For each wing: angle of its axis above the horizontal (degrees), length, half width, taper towards the tip.
+# For each wing: its axis' angle to the horizontal in degrees, length, half width, taper to the tip.
 SHAPES = {
     "pointed": {"fore": (30, 1.20, 0.30, 1.3), "hind": (-38, 0.74, 0.28, 1.3)},
     "round": {"fore": (38, 0.90, 0.44, 0.0), "hind": (-36, 0.76, 0.40, 0.0)},
@@ -41,8 +42,8 @@ CHUNK = 8  # pictures drawn at a time, few enough to stay in a processor's cache
 def draw_butterflies(images_per_class, image_size, seed):
     """Draw `images_per_class` butterflies of each of the 75 classes, class after class.
 
-    Returns images uint8 (75*images_per_class, 3, image_size, image_size), labels int64 (75*images_per_class,) and
-    the 75 class names: the same three values as `train.load_images`. The same arguments give the same pictures.
+    Returns uint8 (N,3,S,S), int64 labels (N,) and the 75 class names, as `train.load_images` does,
+    with N = 75 * images_per_class and S = image_size. The same arguments give the same pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(images_per_class)
@@ -62,7 +63,7 @@ def _draw(labels, randoms, image_size):
     ):  # a random number a picture, shaped to meet the pixels: (B, 1, 1)
         return (low + (high - low) * randoms[:, column])[:, None, None]
 
-    # Coordinates of the sample points in the butterfly's own frame: root of the wings at 0, y towards the head.
+    # The points drawn, in the butterfly's own frame: root of the wings at 0, y towards the head.
     points = image_size * SUPERSAMPLING
     axis = (torch.arange(points) + 0.5) / points * 2 - 1
     angle, size = between(-0.3, 0.3, 0), between(0.84, 0.98, 1)
@@ -106,11 +107,9 @@ def _draw(labels, randoms, image_size):
         shade = value * (0.80 + 0.20 * along.clamp(0, 1)) * (1.0 if wing == 0 else 0.90)
         picture = _paint(picture, inside, _hsv(hue, saturation, shade))
 
-        def distance(point):  # from a point of the wing, in units of the picture
-            return torch.hypot((along - point[0]) * length, (across - point[1]) * width)
-
-        eye = distance((0.62, 0.0))
-        spots = torch.minimum(distance((0.42, 0.0)), distance((0.78, 0.0)))
+        # Distances from points on the wing's axis.
+        eye = torch.hypot((along - 0.62) * length, across * width)
+        spots = torch.hypot(((along - 0.60).abs() - 0.18) * length, across * width)
         dark = is_["border"] & (radius > 0.72) | is_["bands"] & (
             torch.sin(along * 14.0 - 1.6) > 0.0
         )
@@ -127,13 +126,13 @@ def _draw(labels, randoms, image_size):
 
 
 def _wing_coordinates(x, y, degrees, length, width):
-    """Position along a wing's axis (0 at the root, 1 at the tip) and across it (-1 to 1 at its widest)."""
+    """Position along a wing's axis (0 root, 1 tip) and across it (-1 to 1 at its widest)."""
     angle = torch.as_tensor(degrees * math.pi / 180)
     return (x * angle.cos() + y * angle.sin()) / length, (y * angle.cos() - x * angle.sin()) / width
 
 
 def _radius(along, across, taper):
-    """0 in the middle of a wing, 1 at its edge: an ellipse, narrower towards the tip where taper is positive."""
+    """0 in the middle of a wing, 1 at its edge: an ellipse, with taper narrower at the tip."""
     return torch.hypot(2 * along - 1, across / (1 + taper * (0.5 - along)).clamp_min(0.05))
 
 
@@ -143,7 +142,7 @@ def _paint(picture, where, colour):
 
 
 def _hsv(hue, saturation, value):
-    """Hue, saturation, value, each in [0, 1] (hue wraps) and (B, ...) -> RGB in [0, 1], (B, 3, ...)."""
+    """Hue (which wraps), saturation, value, each (B, ...) in [0, 1] -> RGB (B, 3, ...)."""
     sixths = [(hue * 6 + offset) % 6 for offset in (0.0, 4.0, 2.0)]
     return torch.stack(
         [value * (1 - saturation * (1 - ((h - 3).abs() - 1).clamp(0, 1))) for h in sixths], dim=1
@@ -151,27 +150,25 @@ def _hsv(hue, saturation, value):
 
 
 def main():
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=formatter, usage=argparse.SUPPRESS
     )
-    parser.add_argument(
-        "folder", type=Path, help="where the class folders go; must be new or empty"
-    )
-    parser.add_argument("--images-per-class", type=int, default=54)
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where the class folders go; new, or empty")
+    parser.add_argument("--images-per-class", type=int, default=54, help="(%(default)s)")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
     if args.images_per_class < 1 or args.image_size < 1:
-        sys.exit("draw_butterflies.py: --images-per-class and --image-size must be at least 1")
+        parser.error("--images-per-class and --image-size must be at least 1")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        sys.exit(f"draw_butterflies.py: {args.folder} is not an empty folder: name a new one")
-    from torchvision.io import write_png
+        parser.error(f"{args.folder} is not an empty folder: name a new one")
 
     images, labels, names = draw_butterflies(args.images_per_class, args.image_size, args.seed)
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
-        folder = args.folder / names[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(folder / f"{i % args.images_per_class:04d}.png"))
+        path = args.folder / names[label] / f"{i % args.images_per_class:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(path)
     print(f"{len(images)} pictures in {len(names)} class folders of {args.folder}")
 
 

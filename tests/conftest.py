@@ -1,0 +1,67 @@
+"""Shared by all tests: a small folder of pictures, a small run, and a way to call the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from assets.draw_butterflies import draw_butterflies
+
+ROOT = Path(__file__).parents[1]
+# One block of width 16 on pictures of 16x16: a step takes milliseconds.
+SMALL = "--image-size 16 --patch-size 4 --dim 16 --depth 1 --heads 2 --device cpu".split()
+
+
+def environment(**extra):
+    """This process's, without what a developer's own Hub settings could change."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **extra}
+
+
+def start(script, *arguments, cwd, **extra):
+    """Start `python script arguments...` in the folder cwd."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=cwd, env=environment(**extra), text=True, **pipes)
+
+
+def call(script, *arguments, cwd, status=0, **extra):
+    """Run it to its end, check its exit status, and return (stdout, stderr)."""
+    process = start(script, *arguments, cwd=cwd, **extra)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    assert "Traceback" not in err
+    return out, err
+
+
+def refused(script, *arguments, cwd, **extra):
+    """Run it where it has to refuse: status 2, one line on stderr, which is returned."""
+    _, err = call(script, *arguments, cwd=cwd, status=2, **extra)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of three class folders with seven drawn pictures of 16x16 each."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    images, labels, names = draw_butterflies(7, 16, seed=3)
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        if label in (9, 36, 74):
+            path = folder / names[label] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """The folder in which a run of 30 steps has left its out/."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = "--steps 30 --batch-size 8 --eval-every 10 --sample-every 15".split()
+    call("train.py", *SMALL, *settings, "--dataset", pictures, cwd=folder)
+    return folder

@@ -1,0 +1,86 @@
+"""A small Hub on the loopback address: the few endpoints that downloading a repository asks for."""
+
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Serves the folders of `repositories` ({"datasets/you/name" or "you/name": folder}).
+
+    As a context manager it yields itself; `url` is what HF_ENDPOINT has to be, `asked` the paths.
+    """
+
+    def __init__(self, repositories):
+        hub, self.asked = self, []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                path = unquote(urlsplit(self.path).path).strip("/")
+                hub.asked.append(path)
+                for name, folder in repositories.items():
+                    if path.startswith(f"api/{hub.api_name(name)}/"):
+                        return self.describe(path, name, Path(folder))
+                    if path.startswith(f"{name}/resolve/"):
+                        file = Path(folder, path.removeprefix(f"{name}/resolve/").split("/", 1)[1])
+                        if file.is_file():
+                            return self.answer(file.read_bytes())
+                        return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
+                return self.answer(b"", 404, **{"X-Error-Code": "RepoNotFound"})
+
+            do_HEAD = do_GET
+
+            def describe(self, path, name, folder):
+                files = sorted(p for p in folder.rglob("*") if p.is_file())
+                if "/tree/" in path:
+                    listing = [
+                        {
+                            "type": "file",
+                            "path": p.relative_to(folder).as_posix(),
+                            "size": p.stat().st_size,
+                            "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                        }
+                        for p in files
+                    ]
+                else:
+                    siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
+                    short = name.removeprefix("datasets/")
+                    listing = {"id": short, "sha": COMMIT, "siblings": siblings, "tags": []}
+                    listing |= {"private": False, "downloads": 0, "likes": 0}
+                self.answer(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
+
+            def answer(self, body, status=200, **headers):
+                self.send_response(status)
+                headers["Content-Length"] = str(len(body))
+                headers["X-Repo-Commit"] = COMMIT
+                headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    @staticmethod
+    def api_name(name):
+        return name if name.startswith("datasets/") else f"models/{name}"
+
+    def __enter__(self):
+        Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,66 @@
+"""The small scripts in assets/, and the promises that the whole project makes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, call, refused
+from PIL import Image
+
+from assets.draw_butterflies import draw_butterflies
+
+
+def test_the_losses_of_a_run_are_drawn(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    flags = [trained / "out", "--output", tmp_path / "loss.png"]
+    out, _ = call("assets/plot_loss.py", *flags, cwd=tmp_path)
+    assert out.strip() == str(tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        assert len(set(image.convert("RGB").getdata())) > 20  # lines, not an empty sheet
+
+
+def test_without_matplotlib_it_says_so(trained, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    line = refused("assets/plot_loss.py", trained / "out", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "pip install matplotlib" in line
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    assert "log.csv" in refused("assets/plot_loss.py", tmp_path, cwd=tmp_path)
+
+
+def test_the_judge_tells_drawings_from_mislabelled_ones():
+    from assets.judge_drawn import scaled, shares, train_judge
+
+    judge = train_judge(images_per_class=20, epochs=4)
+    images, labels, _ = draw_butterflies(2, 64, seed=9)
+    right = shares(judge, scaled(images), labels)
+    assert right["colour"] > 0.95 and right["shape"] > 0.8 and right["pattern"] > 0.7
+    wrong = shares(judge, scaled(images), (labels + 19) % 75)  # another colour, pattern and shape
+    assert wrong["class"] < 0.1 and wrong["colour"] < 0.3
+
+
+def test_the_judge_refuses_a_model_of_other_classes(trained):
+    line = refused("assets/judge_drawn.py", trained / "out", cwd=trained)
+    assert "drawn butterflies" in line
+
+
+def test_the_three_files_import_one_way():
+    # model.py <- sample.py <- train.py, and importing runs nothing.
+    code = "import sys, {}; print([m for m in ('model', 'sample', 'train') if m in sys.modules])"
+    for name, expected in (
+        ("model", ["model"]),
+        ("sample", ["model", "sample"]),
+        ("train", ["model", "sample", "train"]),
+    ):
+        command = [sys.executable, "-c", code.format(name)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == str(expected)
+
+
+def test_the_environment_is_described_by_three_requirements():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    names = {line.split(">")[0].split("=")[0] for line in lines}
+    assert names == {"torch", "torchvision", "huggingface_hub[torch]"}
+    assert torch.get_default_dtype() == torch.float32

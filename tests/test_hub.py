@@ -1,0 +1,138 @@
+"""The Hub's format and its traps, and downloads from a small server on the loopback address."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, call, refused
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+
+import train
+from model import DiT, UserError
+
+
+def make(names=("a", "ß ü", "蝶 / ..")):
+    torch.manual_seed(3)
+    model = DiT(16, 4, 16, 1, 2, list(names), prediction="v", dataset="my pictures")
+    torch.nn.init.normal_(model.final_layer.weight)
+    return model
+
+
+def assert_equal(a, b):
+    assert a.class_names == b.class_names and a.prediction == b.prediction
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    assert torch.equal(a(z, t, y), b(z, t, y))
+
+
+def test_saved_and_loaded_is_the_same_and_prints_nothing(tmp_path, capsys):
+    model = make()
+    model.save_pretrained(tmp_path)
+    again = DiT.from_pretrained(tmp_path)
+    assert_equal(model, again)
+    assert not again.training
+    assert capsys.readouterr().out == ""
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["class_names"] == model.class_names and config["dim"] == 16
+    again.save_pretrained(tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "config.json").read_text()) == config
+
+
+def test_missing_weights_are_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["final_layer.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="final_layer.weight"):
+        DiT.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["class_names"].append("one more")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="class_embedding"):
+        DiT.from_pretrained(tmp_path)
+    assert str(tmp_path) in refused("sample.py", "--checkpoint", tmp_path, cwd=tmp_path)
+
+
+def test_a_folder_without_config_is_refused_by_name(tmp_path):
+    make().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json"):
+        DiT.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
+    # save_pretrained deletes config.json first and writes in place. If writing fails in the middle,
+    # here because the state cannot be pickled, the earlier checkpoint must still stand.
+    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
+    first = make()
+    train.save_checkpoint(first, {"step": 1})
+    with pytest.raises((AttributeError, TypeError, RuntimeError, ValueError)):
+        train.save_checkpoint(make(names=("x",)), {"step": 2, "bad": lambda: None})
+    assert_equal(first, DiT.from_pretrained(tmp_path))
+    assert torch.load(tmp_path / "train_state.pt", weights_only=True) == {"step": 1}
+    train.save_checkpoint(make(names=("x",)), {"step": 3})
+    assert DiT.from_pretrained(tmp_path).class_names == ["x"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "train_state.pt"}
+
+
+def test_the_card_says_dataset_size_and_how_to_sample(tmp_path):
+    make().save_pretrained(tmp_path)  # push_to_hub uploads just these files
+    card = (tmp_path / "README.md").read_text()
+    assert "my pictures" in card and "3 classes" in card
+    millions = sum(p.numel() for p in make().parameters()) / 1e6
+    assert f"{millions:.2f} M parameters" in card
+    assert "sample.py --checkpoint" in card
+    assert card.startswith("---\n") and "license: mit" in card
+
+
+def test_a_dataset_comes_from_the_hub_into_its_cache(pictures, tmp_path):
+    repository = tmp_path / "repository"
+    shutil.copytree(pictures, repository)
+    (repository / "README.md").write_text("# Pictures")
+    (repository / ".gitattributes").write_text("*.png filter=lfs")
+    (repository / ".cache" / "huggingface").mkdir(parents=True)
+    (repository / ".cache" / "huggingface" / "left.png").write_bytes(b"not a picture")
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    with Hub({"datasets/someone/pictures": repository}) as hub:
+        settings = [*SMALL, "--dataset", "someone/pictures", "--steps", 4, "--batch-size", 4]
+        out, _ = call("train.py", *settings, cwd=work, HF_ENDPOINT=hub.url, HF_HOME=str(home))
+        assert any(path.startswith("datasets/someone/pictures/resolve/") for path in hub.asked)
+    assert "3 classes, 21 pictures" in out
+    assert [path.name for path in work.iterdir()] == ["out"]
+    model = DiT.from_pretrained(work / "out")
+    assert model.class_names == sorted(path.name for path in pictures.iterdir())
+    assert model.dataset == "someone/pictures"
+
+
+def test_a_dataset_that_the_hub_does_not_have(tmp_path):
+    with Hub({}) as hub:
+        flags = ["--dataset", "someone/nothing", "--device", "cpu", *SMALL]
+        line = refused("train.py", *flags, cwd=tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    assert "someone/nothing" in line and "--preset laptop" in line and "--dataset FOLDER" in line
+
+
+def test_a_model_comes_from_the_hub(trained, tmp_path):
+    with Hub({"someone/butterflies": trained / "out"}) as hub:
+        flags = ["--checkpoint", "someone/butterflies", "--class-id", 1, "--steps", 2]
+        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        out, _ = call("sample.py", *flags, "--output", tmp_path / "hub.png", cwd=tmp_path, **extra)
+        flags[1] = trained / "out"
+        call("sample.py", *flags, "--output", tmp_path / "local.png", cwd=tmp_path)
+    assert out.strip() == str(tmp_path / "hub.png")
+    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "local.png").read_bytes()
+
+
+def test_a_model_that_the_hub_does_not_have(tmp_path):
+    with Hub({}) as hub:
+        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        line = refused("sample.py", "--checkpoint", "someone/nothing", cwd=tmp_path, **extra)
+    assert "someone/nothing" in line

@@ -1,0 +1,257 @@
+"""Training as a user sees it: files, refusals, and a run that can be stopped at any moment."""
+
+import csv
+import signal
+import time
+
+import pytest
+import torch
+from conftest import SMALL, call, refused, start
+from PIL import Image
+
+import train
+from model import DiT
+
+COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "images_per_second", "seconds"]
+
+
+def rows(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def state(folder):
+    return torch.load(folder / "train_state.pt", weights_only=True)
+
+
+def grid(path):
+    with Image.open(path) as image:
+        return image.size, image.convert("RGB").tobytes()
+
+
+def assert_same_run(a, b):
+    """Bit for bit the same weights, losses and pictures; the clock's columns aside."""
+    first, second = state(a), state(b)
+    assert first["step"] == second["step"]
+    for part in ("model", "ema"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), (part, name)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert [list(row.values())[:4] for row in rows(a)] == [
+        list(row.values())[:4] for row in rows(b)
+    ]
+    names = sorted(path.name for path in (a / "samples").iterdir())
+    assert names == sorted(path.name for path in (b / "samples").iterdir()) and names
+    assert all(grid(a / "samples" / name) == grid(b / "samples" / name) for name in names)
+
+
+def test_a_run_leaves_its_files(trained):
+    out = trained / "out"
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "model.safetensors", "train_state.pt", "log.csv", "samples"}
+    log = rows(out)
+    assert list(log[0]) == COLUMNS and [row["step"] for row in log] == ["10", "20", "30"]
+    assert all(float(value) > 0 for row in log for value in row.values())
+    assert float(log[-1]["val_loss"]) < float(log[0]["val_loss"])
+    names = sorted(path.name for path in (out / "samples").iterdir())
+    assert names == ["step-000015.png", "step-000030.png"]
+    assert grid(out / "samples" / names[0])[0] == (3 * 18 + 2, 18 + 2)  # a picture of each class
+    model = DiT.from_pretrained(out)
+    assert model.class_names == ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]
+    ema = state(out)["ema"]
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_start_says_what_will_run(pictures, tmp_path):
+    out, _ = call("train.py", *SMALL, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
+    assert "3 classes, 21 pictures, 3 of them held out" in out
+    assert "M parameters" in out and "GFLOP an image" in out and "cpu" in out
+    assert "minutes on this CPU" in out
+
+
+def test_a_default_run_on_a_cpu_says_how_long_it_takes_and_without_the_hub_how_to_go_on(tmp_path):
+    process = start("train.py", "--device", "cpu", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "minutes on this CPU; --preset laptop" in out
+    line = err.strip().splitlines()
+    assert len(line) == 1 and "sayakpaul/butteflies_with_classes" in line[0]
+    assert "--preset laptop" in line[0] and "--dataset FOLDER" in line[0]
+    assert not (tmp_path / "out" / "train_state.pt").exists()
+
+
+def test_a_folder_that_holds_a_run_is_kept(trained, pictures, tmp_path):
+    before = (trained / "out" / "train_state.pt").read_bytes()
+    line = refused("train.py", *SMALL, "--dataset", pictures, cwd=trained)
+    assert "--resume" in line and "--overwrite" in line and "--out-dir" in line
+    assert (trained / "out" / "train_state.pt").read_bytes() == before
+
+
+def test_overwrite_replaces_the_run(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--batch-size", 4]
+    call("train.py", *settings, "--steps", 4, cwd=tmp_path)
+    call("train.py", *settings, "--steps", 2, "--overwrite", "--dim", 32, cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "out" / "samples").iterdir()] == ["step-000002.png"]
+    assert [row["step"] for row in rows(tmp_path / "out")] == ["2"]
+    assert DiT.from_pretrained(tmp_path / "out").final_layer.in_features == 32
+
+
+def test_resuming_a_finished_run_says_so_and_more_steps_go_on(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--batch-size", 4]
+    call("train.py", *settings, "--steps", 4, cwd=tmp_path)
+    out, _ = call("train.py", "--resume", cwd=tmp_path)
+    assert "finished" in out
+    line = refused("train.py", "--resume", "--dim", 32, cwd=tmp_path)
+    assert "DIM" in line and "16" in line and "32" in line
+    line = refused("train.py", "--resume", "--seed", 7, cwd=tmp_path)
+    assert "SEED" in line
+    line = refused("train.py", "--resume", "--preset", "laptop", cwd=tmp_path)
+    assert "PATCH_SIZE" in line or "IMAGE_SIZE" in line
+    call("train.py", "--resume", "--steps", 6, "--eval-every", 1, "--dim", 16, cwd=tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "out")] == ["4", "5", "6"]
+
+
+def test_resume_without_a_run(tmp_path):
+    assert "train_state.pt" in refused("train.py", "--resume", cwd=tmp_path)
+    line = refused("train.py", "--resume", "--overwrite", cwd=tmp_path)
+    assert "--resume" in line and "--overwrite" in line
+
+
+def test_resume_with_other_classes_is_refused(trained, pictures, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
+    more = ["--resume", "--steps", 40, "--dataset", tmp_path]
+    assert "classes" in refused("train.py", *more, cwd=trained)
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_run_resumes_bit_for_bit(pictures, tmp_path, number, status):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 300, "--batch-size", 4]
+    settings += ["--eval-every", 7, "--sample-every", 100, "--checkpoint-every", 11]
+    (tmp_path / "whole").mkdir()
+    call("train.py", *settings, cwd=tmp_path / "whole")
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    process = start("train.py", *settings, cwd=broken)
+    log = broken / "out" / "log.csv"
+    while not log.exists() or log.read_text().count("\n") < 6:  # five rows: step 35
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    stopped = state(broken / "out")["step"]
+    assert 22 <= stopped < 300
+    if status > 0:
+        assert "--resume" in err and f"step {stopped}" in err
+    out, _ = call("train.py", "--resume", cwd=broken)
+    assert state(broken / "out")["step"] == 300
+    assert_same_run(tmp_path / "whole" / "out", broken / "out")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--batch-size", 4]
+    call("train.py", *settings, "--steps", 5, cwd=tmp_path)
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+    more = ["--resume", "--steps", 400, "--learning-rate", 1e38, "--warmup-steps", 1]
+    _, err = call("train.py", *more, cwd=tmp_path, status=2)
+    line = err.strip().splitlines()[-1]
+    assert "not finite" in line and "LEARNING_RATE" in line
+    assert state(tmp_path / "out")["step"] == 5
+    for path, content in kept.items():
+        assert path.read_bytes() == content, path
+
+
+@pytest.mark.parametrize("n, extra", [(4, []), (1, []), (3, ["--prediction", "v"])])
+def test_every_size_runs(tmp_path, n, extra):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for i in range(n):
+        Image.new("RGB", (30, 20), (50 * i, 0, 90)).save(folder / f"{i}.jpg")
+    settings = [*SMALL, "--dataset", folder, "--batch-size", 8, "--steps", 6, *extra]
+    call("train.py", *settings, cwd=tmp_path)
+    (row,) = rows(tmp_path / "out")
+    assert row["step"] == "6" and float(row["val_loss"]) > 0
+    assert DiT.from_pretrained(tmp_path / "out").class_names == ["few"]
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--steps", "0"], "STEPS"),
+        (["--batch-size", "0"], "BATCH_SIZE"),
+        (["--learning-rate", "-1"], "LEARNING_RATE"),
+        (["--learning-rate", "nan"], "LEARNING_RATE"),
+        (["--patch-size", "5"], "PATCH_SIZE"),
+        (["--heads", "3"], "HEADS"),
+        (["--eval-every", "0"], "EVAL_EVERY"),
+        (["--device", "abacus"], "abacus"),
+        (["--steps", "many"], "steps"),
+        (["--colour", "red"], "colour"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, flags, name):
+    settings = "--dataset drawn --image-size 16 --patch-size 4 --dim 16 --depth 1 --heads 2".split()
+    assert name in refused("train.py", *settings, *flags, cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_constant_is_a_flag_with_its_comment(tmp_path):
+    out, _ = call("train.py", "--help", cwd=tmp_path)
+    names = ["DATASET", "IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "STEPS", "BATCH_SIZE"]
+    names += ["LEARNING_RATE", "SEED", "DEVICE", "OUT_DIR", "EVAL_EVERY", "SAMPLE_EVERY"]
+    assert set(names) | {"CHECKPOINT_EVERY"} <= set(train.SETTINGS)
+    for name, comment in train.SETTINGS.items():
+        assert "--" + name.lower().replace("_", "-") in out
+        assert comment.split()[0] in out
+    assert set(train.LAPTOP) <= set(train.SETTINGS)
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero(monkeypatch):
+    settings = {"STEPS": 100, "WARMUP_STEPS": 8, "DECAY_SHARE": 0.4, "LEARNING_RATE": 2.0}
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+    rates = [train.learning_rate_at(step) for step in range(1, 101)]
+    assert rates[:8] == pytest.approx([2 * n / 8 for n in range(1, 9)])
+    assert rates[8:61] == [2.0] * 53
+    assert rates[60:] == pytest.approx([2 * (101 - step) / 40 for step in range(61, 101)])
+    monkeypatch.setattr(train, "STEPS", 6)  # a short run: warmup is cut to its length
+    assert max(train.learning_rate_at(step) for step in range(1, 7)) == 2.0
+
+
+def test_the_average_follows_the_first_steps_and_then_remembers(monkeypatch):
+    monkeypatch.setattr(train, "EMA_DECAY", 0.999)
+    ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(ema.weight)
+    torch.nn.init.ones_(model.weight)
+    for step in range(1, 11):
+        train.update_ema(ema, model, step)
+    # Each step keeps (1 + step) / (10 + step) of what was; without warmup 0.99 would be left.
+    kept = 1.0
+    for step in range(1, 11):
+        kept *= (1 + step) / (10 + step)
+    assert ema.weight.item() == pytest.approx(1 - kept, abs=1e-6) and kept < 0.01
+    torch.nn.init.zeros_(model.weight)
+    train.update_ema(ema, model, 100000)
+    assert ema.weight.item() == pytest.approx(0.999 * (1 - kept), abs=1e-6)
+
+
+def test_saved_names_are_the_same_under_compile(tmp_path, monkeypatch):
+    model = DiT(16, 4, 16, 1, 2, ["a"])
+    model.compile(backend="eager")
+    model(torch.zeros(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
+    train.save_checkpoint(model, {"model": model.state_dict()})
+    plain = DiT(16, 4, 16, 1, 2, ["a"]).state_dict()
+    assert set(state(tmp_path)["model"]) == set(plain)
+    assert set(DiT.from_pretrained(tmp_path).state_dict()) == set(plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_run_on_cuda_in_bf16_and_compiled(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 30, "--batch-size", 8, "--device", "cuda"]
+    call("train.py", *settings, cwd=tmp_path)
+    assert not any("_orig_mod" in name for name in state(tmp_path / "out")["model"])
+    assert float(rows(tmp_path / "out")[-1]["train_loss"]) < 3
