@@ -4,11 +4,10 @@ z_t, t, class -> patchify -> blocks (attention and MLP, steered by t and class) 
 
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
 - Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864).
-- Queries and keys normalised (Henry et al. 2020, arXiv 2010.04245); norms without parameters.
+- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); norms without parameters, also for
+  queries and keys (Henry et al. 2020, arXiv 2010.04245).
 
-Letters: B pictures, S pixels a side, P pixels a side of a patch, T = (S/P)^2 tokens, H heads of
-D numbers each.
+B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
 import contextlib
@@ -37,15 +36,13 @@ def modulate(x, shift, scale):
 
 
 def rotary_table(side, head_dim):
-    """Cosines and sines (T, D/2) that tell each of side x side tokens where it is.
+    """Cosines and sines, both (T, D/2), of the angles that tell side x side tokens apart.
 
-    Of the D/2 planes half turn with the token's row, half with its column, at D/4 frequencies each:
-    from one radian a token down to about a hundredth.
+    Half turn with the token's row, half with its column: by 1 radian a token down to about 1/100.
     """
     frequencies = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
     angles = torch.outer(torch.arange(side), frequencies)  # (side, D/4)
-    rows, columns = angles.repeat_interleave(side, 0), angles.repeat(side, 1)  # each (T, D/4)
-    angles = torch.cat([rows, columns], dim=-1)
+    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -96,11 +93,10 @@ def waves(t):
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
-    The arguments are JSON values; together they are config.json. image_size: pixels a side, a
-    multiple of patch_size. dim: width, a multiple of 4 * heads. depth: blocks. class_names: a
-    string a class, in the order of the class ids. prediction: what the network itself predicts, "x"
-    or "v"; `forward` returns v either way. dataset: where the pictures are from, for the model
-    card. Raises UserError where the sizes do not fit.
+    The arguments make up config.json. image_size: pixels a side, a multiple of patch_size; dim:
+    width, a multiple of 4 * heads; depth: blocks; class_names: strings, in the order of the ids;
+    prediction: what the network itself predicts, "x" or "v"; dataset: where the pictures are from,
+    for the model card. Raises UserError where the sizes do not fit.
     """
 
     def __init__(
@@ -124,16 +120,13 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final_layer = nn.Linear(dim, values)
         self.skip = nn.Linear(dim, values)
-        cos, sin = rotary_table(image_size // patch_size, dim // heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        rotary = torch.stack(rotary_table(image_size // patch_size, dim // heads))
+        self.register_buffer("rotary", rotary, persistent=False)
         self.initialize()
 
     def initialize(self):
-        """Xavier everywhere, and adaLN-zero: each block starts as the identity, the output at 0.
-
-        Class embeddings start so that c has scale 1: at 0.02, samples ignored their class.
-        """
+        """Xavier, and adaLN-zero: blocks start as the identity, the output at 0. Class embeddings
+        start so that c has scale 1: at 0.02, samples ignored their class."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -144,11 +137,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
 
     def forward(self, z, t, y):
-        """Velocity of the flow at z_t = (1-t) x + t eps, (B,3,S,S) float32.
-
-        z: (B,3,S,S) float. t: (B,) in [0, 1]; 0 is data, 1 is noise. y: (B,) int64 class ids, where
-        num_classes is the null class.
-        """
+        """Velocity (B,3,S,S) float32 at z_t = (1-t) x + t eps. z: (B,3,S,S) float; t: (B,) from 0,
+        data, to 1, noise; y: (B,) int64 class ids, where num_classes is the null class."""
         B, P, side = len(z), self.patch_size, self.image_size // self.patch_size
         c = F.silu(
             self.timestep_embedding(waves(t)) + CLASS_SCALE * self.class_embedding(y)
@@ -156,10 +146,9 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         z_t = z.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)
         x = self.patch_embedding(z_t)  # (B, T, dim)
         for block in self.blocks:
-            x = block(x, c, self.cos, self.sin)
+            x = block(x, c, *self.rotary)
         x = modulate(norm(x), *self.final_modulation(c).chunk(2, dim=-1))
-        # Near t = 0 the picture is all but there: a share of z_t, by t and class, goes past the
-        # blocks, which are narrower than a large patch and could not carry its detail.
+        # Near t = 0 the picture is all but there: a share of z_t goes past the narrow blocks.
         x = (self.final_layer(x) + self.skip(c)[:, None] * z_t).float()  # (B, T, 3*P*P)
         x = x.view(B, side, side, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
         if self.prediction == "v":
@@ -181,9 +170,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
 
 MODEL_CARD = """---
-library_name: nanodit
-license: mit
-tags: [rectified-flow, dit]
+{{library_name: nanodit, license: mit, tags: [rectified-flow, dit]}}
 ---
 A class-conditional diffusion transformer on pixels, trained with nanoDiT as a rectified flow.
 - Dataset: {m.dataset}, {m.num_classes} classes, {m.image_size}x{m.image_size} pixels

@@ -1,11 +1,12 @@
 """Sample from a trained nanoDiT: noise flows to pictures, one Euler step after another.
+Prints the path of what it wrote.
 
-python sample.py                                # a picture of every class, in one grid
-python sample.py --class-id 3                   # four of class 3
-python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
-python sample.py --class-id 3 --gif             # and how they came out of the noise
-python sample.py --num-images 20 --save-images many    # single files, a folder a class
-python sample.py --checkpoint you/butterflies   # a model from the Hub
+    python sample.py                               # a picture of every class, in one grid
+    python sample.py --class-id 3                  # four of class 3
+    python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
+    python sample.py --class-id 3 --gif            # and how they came out of the noise
+    python sample.py --num-images 20 --save-images many   # single files, a folder a class
+    python sample.py --checkpoint you/butterflies  # a model from the Hub
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils.logging import set_verbosity_error
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -30,15 +32,14 @@ MAX_BATCH = 64  # pictures that go through the network together
 def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lambda z: None):
     """Integrate dz/dt = v from noise at t = 1 to data at t = 0, with classifier-free guidance.
 
-    Euler:     z <- z - v / steps                    at t = 1, 1 - 1/steps, ..., 1/steps
-    Guidance:  v = v_null + w (v_class - v_null)     Ho & Salimans 2022, arXiv 2207.12598
+    z <- z - v / steps   at t = 1, 1 - 1/steps, ..., 1/steps
+    v = v_null + w (v_class - v_null)   with w = cfg_scale: Ho & Salimans 2022, arXiv 2207.12598
 
-    model: a callable (z, t, y) -> v with `num_classes`; class_ids: (B,) int64; w = cfg_scale;
-    noise: (B,3,S,S). Returns x (B,3,S,S), not clamped to [-1, 1]. At w = 1 the network runs on B
-    pictures a step, otherwise on 2B. `record` is called with z before and after each step.
+    model: a callable (z, t, y) -> v with num_classes; class_ids: (B,) int64; noise: (B,3,S,S).
+    Returns x (B,3,S,S), not clamped. The network runs on 2B pictures a step; at w = 1 on B.
     """
     z = noise
-    record(z)
+    record(z)  # as after each step
     y = torch.as_tensor(class_ids, device=z.device)
     y_both = torch.cat([y, torch.full_like(y, model.num_classes)])
     for step in range(steps):
@@ -54,10 +55,9 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
 
 
 def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, **kwargs):
-    """Yield uint8 pictures (b,3,S,S) of the classes (N,), b <= MAX_BATCH at a time, on the CPU.
+    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), b <= MAX_BATCH at a time, on the CPU.
 
-    The noise is drawn on the CPU: a seed means the same picture on every device.
-    """
+    The noise is drawn on the CPU: a seed means the same picture on every device."""
     device, size = next(model.parameters()).device, model.image_size
     generator = torch.Generator().manual_seed(seed)
     for y in class_ids.split(MAX_BATCH):
@@ -104,7 +104,7 @@ def load_model(checkpoint):
     if Path(checkpoint).is_dir() or "/" not in checkpoint:
         if not Path(checkpoint, "config.json").is_file():
             raise UserError(
-                f"no model in {checkpoint}: `python train.py --preset laptop` makes out"
+                f"no model in {checkpoint}; `python train.py --preset laptop` makes out"
             )
     try:
         return DiT.from_pretrained(checkpoint)
@@ -116,10 +116,8 @@ def find_class(names, wanted):
     """The class id of a name, case ignored; UserError names the nearest."""
     ids = {name.casefold(): i for i, name in enumerate(names)}
     if wanted.casefold() not in ids:
-        near = [
-            names[ids[n]] for n in difflib.get_close_matches(wanted.casefold(), ids, cutoff=0.4)
-        ]
-        hint = " or ".join(near) or "one that --list-classes shows"
+        near = difflib.get_close_matches(wanted.casefold(), ids, cutoff=0.4)
+        hint = " or ".join(names[ids[n]] for n in near) or "one that --list-classes shows"
         raise UserError(f'--class-name "{wanted}" is no class of this model: try {hint}')
     return ids[wanted.casefold()]
 
@@ -133,14 +131,14 @@ def new_parser(description, **kwargs):
 
 def run(main):
     """Run a command line: what the user can mend becomes one line on stderr and exit status 2."""
+    set_verbosity_error()  # the Hub's library would add lines of its own
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        print(
-            Path(sys.argv[0]).name, "error", " ".join(str(error).split()), sep=": ", file=sys.stderr
-        )
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -152,9 +150,7 @@ def parse_flags():
     either("--list-classes", action="store_true", help="print ids and names, and stop")
     add("--num-images", type=int, metavar="N", help="pictures a class (4; 1 if no class is given)")
     add("--steps", type=int, default=DEFAULT_STEPS, help="Euler steps (%(default)s)")
-    add(
-        "--cfg-scale", type=float, default=DEFAULT_CFG_SCALE, help="guidance, 1: none (%(default)s)"
-    )
+    add("--cfg-scale", type=float, default=DEFAULT_CFG_SCALE, help="guidance w (%(default)s)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
     add("--checkpoint", default="out", help="a folder or a Hub id (%(default)s)")
@@ -162,7 +158,7 @@ def parse_flags():
     add("--gif", action="store_true", help="also the way from noise to pictures, beside the PNG")
     add("--save-images", type=Path, metavar="DIR", help="also each as DIR/<class name>/<n>.png")
     flags = parser.parse_args()
-    if flags.steps < 1 or (flags.num_images or 1) < 1:
+    if flags.steps < 1 or flags.num_images is not None and flags.num_images < 1:
         raise UserError("--steps and --num-images must be at least 1")
     if not math.isfinite(flags.cfg_scale) or not 0 <= flags.seed < 2**63:
         raise UserError("--cfg-scale must be a finite number, --seed at least 0 and below 2^63")
@@ -171,8 +167,7 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
-    device = pick_device(flags.device)
-    model = load_model(flags.checkpoint).to(device)
+    model = load_model(flags.checkpoint).to(pick_device(flags.device))
     names = model.class_names
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(names)))
@@ -184,7 +179,6 @@ def main():
             raise UserError(f"--class-id {i} is not from 0 to {len(names) - 1} (--list-classes)")
     each = flags.num_images or (4 if chosen else 1)
     class_ids = torch.tensor(chosen or range(len(names))).repeat_interleave(each)
-
     name = f"class-{'-'.join(map(str, chosen[:8])) or 'all'}-seed-{flags.seed}.png"
     output = flags.output or Path("samples", name)
     if output.suffix.lower() != ".png" or output.is_dir():
@@ -213,10 +207,8 @@ def main():
     if flags.gif:
         frames = [torch.cat(passed[i :: flags.steps + 1]) for i in range(flags.steps + 1)]
         first, *rest = [to_grid(frame, columns) for frame in frames]
-        options = {"save_all": True, "append_images": rest, "loop": 0}
-        options["duration"] = [80] * len(rest) + [
-            2000
-        ]  # milliseconds; the result stays for a while
+        times = [80] * len(rest) + [2000]  # milliseconds: the result stays for a while
+        options = {"save_all": True, "append_images": rest, "loop": 0, "duration": times}
         gif = output.with_suffix(".gif")
         write_beside(gif, lambda beside: first.save(beside, "GIF", **options))
         print(gif)

@@ -4,10 +4,9 @@
     python train.py                            # photographs from the Hub, sized for one large GPU
     python train.py --dataset my_pictures      # a folder that holds a folder of pictures a class
     python train.py --resume                   # go on with the run in out/, whatever stopped it
-    python train.py --dim 256 --out-dir wide   # every constant below is a flag
 
-Writes into out/: config.json and model.safetensors (averaged weights, for sample.py and the Hub),
-train_state.pt (for --resume), log.csv, samples/.
+Every constant below is a flag, as in --dim 256 --out-dir wide.
+out/ receives config.json, model.safetensors, train_state.pt (for --resume), log.csv and samples/.
 """
 
 import argparse
@@ -53,14 +52,13 @@ PREDICTION = "x"  # what the network predicts inside: the picture "x" or the vel
 STEPS = 10000  # optimizer steps of the whole run
 BATCH_SIZE = 256  # pictures a step
 LEARNING_RATE = 1e-3  # of AdamW, at its highest
-BETA2 = 0.95  # of AdamW: memory of squared gradients
 GRAD_CLIP = 1.0  # largest norm of the gradient
 LABEL_DROP = 0.1  # pictures seen without their class: what guidance needs
 EMA_DECAY = 0.999  # memory of the averaged weights, from which samples are drawn
 # schedule
 WARMUP_STEPS = 200  # of the learning rate, clipped to a tenth of a short run
 DECAY_SHARE = 0.4  # last part of the run, in which the learning rate falls to zero
-# t, from 0 (data) to 1 (noise): the logistic function of a normal variable
+# t from 0, data, to 1, noise: the logistic of a normal number (Esser et al., arXiv 2403.03206)
 T_MEAN = 0.8  # above 0: more time on noisy pictures, where shapes and colours are decided
 T_STD = 1.0  # larger: more time near both ends
 # system
@@ -85,15 +83,16 @@ LAPTOP = {
 SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
 SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SETTINGS, re.M))
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "PREDICTION")
+LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
 RUN_FILES = ("config.json", "model.safetensors", "train_state.pt")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the validation loss is the mean over these t
 LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait for the GPU
 
 
 def rectified_flow_loss(model, x, y, t, noise):
-    """Mean squared error of the velocity on the straight line from data x to noise eps, a scalar.
+    """Mean squared error of the velocity on the line from data to noise: a scalar.
 
-    z_t = (1-t) x + t eps,    v = dz_t/dt = eps - x,    loss = |model(z_t, t, y) - v|^2
+    z_t = (1-t) x + t eps,   v = dz_t/dt = eps - x,   loss = |model(z_t, t, y) - v|^2
 
     x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003.
     """
@@ -126,11 +125,10 @@ def random_batch(images, labels, num_classes, step):
     def draw(distribution, *shape):
         return distribution(shape, generator=generator, device=device).to(images.device)
 
-    i = (draw(torch.rand, BATCH_SIZE) * len(images)).long()
+    i = draw(lambda shape, **where: torch.randint(len(images), shape, **where), BATCH_SIZE)
     x = images[i].float() / 127.5 - 1
     x = torch.where(draw(torch.rand, BATCH_SIZE, 1, 1, 1) < FLIP_SHARE, x.flip(3), x)
     y = torch.where(draw(torch.rand, BATCH_SIZE) < LABEL_DROP, num_classes, labels[i])
-    # logit-normal t: Esser et al. 2024, arXiv 2403.03206
     t = torch.sigmoid(T_MEAN + T_STD * draw(torch.randn, BATCH_SIZE))
     return x, y, t, draw(torch.randn, *x.shape)
 
@@ -138,28 +136,26 @@ def random_batch(images, labels, num_classes, step):
 def load_images(folder, image_size):
     """Read a folder of class folders: uint8 (N,3,S,S), int64 labels (N,), [class names, sorted].
 
-    Pictures directly in the folder are one class, named like it. What is hidden, or by its name no
-    picture, is passed over; what cannot be read is named on stderr and left out. Raises UserError
-    where the folder, or a class in it, is left without pictures.
+    Pictures directly in it are one class, named like it. What is hidden, or by its name no picture,
+    is passed over; what cannot be read is named on stderr. UserError where a class has no pictures.
     """
     folder = Path(folder)
     classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
     if loose := find_pictures(folder, "*"):
         classes[folder.resolve().name] = loose
     names = sorted(name for name in classes if not name.startswith("."))
-    files = [(path, label) for label, name in enumerate(names) for path in classes[name]]
+    files = [(path, y) for y, name in enumerate(names) for path in classes[name]]
     options = {"desc": "reading pictures", "leave": False, "disable": None}  # None: on terminals
     pictures = thread_map(lambda file: read_picture(file[0], image_size), files, **options)
     if broken := [str(path) for (path, _), picture in zip(files, pictures) if picture is None]:
         named = ", ".join(broken[:10]) + ", ..." * (len(broken) > 10)
         print(f"skipped {len(broken)} pictures that cannot be read: {named}", file=sys.stderr)
-    labels = [label for (_, label), picture in zip(files, pictures) if picture is not None]
-    missing = sorted(set(range(len(names))) - set(labels))
-    if missing or not labels:
-        where = f"class {names[missing[0]]} of {folder}" if missing else folder
-        raise UserError(f"no pictures in {where}: put some there, or remove an empty class folder")
-    pictures = [picture for picture in pictures if picture is not None]
-    return torch.stack(pictures), torch.tensor(labels), names
+    labels = torch.tensor([y for (_, y), picture in zip(files, pictures) if picture is not None])
+    missing = sorted(set(range(len(names))) - set(labels.tolist()))
+    if missing or not names:
+        where = folder / names[missing[0]] if names else folder
+        raise UserError(f"no pictures in {where}: put some there, or remove an empty class")
+    return torch.stack([picture for picture in pictures if picture is not None]), labels, names
 
 
 def find_pictures(folder, pattern):
@@ -221,7 +217,7 @@ def update_ema(ema, model, step):
 
 
 def save_checkpoint(ema, state):
-    """Write beside, then rename: the state last, for it alone decides where --resume goes on."""
+    """Write beside, then rename; the state last, for it alone decides where --resume goes on."""
     beside = Path(OUT_DIR, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     ema.save_pretrained(beside)
@@ -256,8 +252,7 @@ def parse_flags():
 def apply_settings(settings):
     """Make the settings the constants of this module; UserError names one that cannot be."""
     for name, value in settings.items():
-        lowest = {"SEED": 0, "WARMUP_STEPS": 0, "COMPILE": 0, "T_MEAN": -100}.get(name)
-        lowest = isinstance(value, int) if lowest is None else lowest
+        lowest = {"SEED": 0, "COMPILE": 0, "T_MEAN": -100}.get(name, isinstance(value, int))
         if not isinstance(value, str) and not lowest <= value < math.inf:
             raise UserError(f"{name} cannot be {value}: {int(lowest)} is the lowest")
     globals().update(settings)
@@ -300,11 +295,8 @@ def main():
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
         return
-    if (
-        not state
-        and "overwrite" not in options
-        and any((out / name).exists() for name in RUN_FILES)
-    ):
+    holds_run = any((out / name).exists() for name in RUN_FILES)
+    if holds_run and not (state or "overwrite" in options):
         raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
     device = sample.pick_device(DEVICE)
     with FlopCounterMode(display=False) as counter:
@@ -314,23 +306,20 @@ def main():
         hint = "; --preset laptop takes about three" if minutes > 30 else ""
         print(f"about {minutes:,.0f} minutes on this CPU{hint}", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-
     images, labels, class_names = load_dataset()
     val = held_out(labels)
     data = images[~val].to(device), labels[~val].to(device)
     val_data = (images[val].to(device), labels[val].to(device)) if val.any() else data
-    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
-
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     model = new_model(class_names).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     weights = list(model.parameters())
     millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 4e9
+    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
     print(f"{millions:.2f} M parameters, {gflop:.2f} GFLOP an image, {device}", flush=True)
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, BETA2), weight_decay=0, fused=True)
-    header = "step,train_loss,val_loss,learning_rate,images_per_second,seconds"
-    now = {"step": 0, "seconds": 0.0, "log": [header], "losses": []}  # losses since the last row
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    now = {"step": 0, "seconds": 0.0, "log": [LOG_HEADER], "losses": []}  # since the last row
     if state:
         if class_names != state["class_names"]:
             raise UserError(f"--resume: {DATASET} has other classes than the run in {out}")
@@ -344,8 +333,7 @@ def main():
     started = row_time - now["seconds"]
 
     def write_log():
-        text = "\n".join(now["log"]) + "\n"
-        sample.write_beside(out / "log.csv", lambda beside: beside.write_text(text))
+        sample.write_beside(out / "log.csv", lambda file: file.write_text("".join(now["log"])))
 
     def checkpoint():
         now["seconds"] = time.perf_counter() - started
@@ -363,7 +351,6 @@ def main():
     caught = []  # signals; the step under way is ended first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
-
     bar = tqdm(total=STEPS * BATCH_SIZE, unit="img", unit_scale=True, mininterval=0.5)
     bar.initial = bar.n = now["step"] * BATCH_SIZE
     for step in range(now["step"] + 1, STEPS + 1):
@@ -379,7 +366,6 @@ def main():
         now["step"] = step
         now["losses"].append(loss.detach())
         bar.update(BATCH_SIZE)
-
         intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
         evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
         if evaluate or show or save or look or caught:
@@ -394,7 +380,7 @@ def main():
             val_loss = validation_loss(ema, *val_data)
             row_step, row_time = step, time.perf_counter()
             row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-            now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}")
+            now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
             write_log()
             bar.write(f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}")
             now["losses"] = []
