@@ -37,7 +37,7 @@ from model import DiT, UserError
 DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
 OUT_DIR = "out"  # checkpoints, log and sample grids go here
 EVAL_EVERY = 250  # steps from one row of log.csv to the next, with the held-out loss
-SAMPLE_EVERY = 500  # steps from one grid in samples/ to the next
+SAMPLE_EVERY = 1000  # steps from one grid in samples/ to the next
 CHECKPOINT_EVERY = 500  # steps from one checkpoint to the next; --resume loses no more than these
 # data
 IMAGE_SIZE = 64  # pixels a side, after resizing and cropping; a multiple of PATCH_SIZE
@@ -274,7 +274,8 @@ def load_state(settings, flags):
 
 def new_model(class_names):
     sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
-    return DiT(class_names=class_names, dataset=DATASET, **sizes)
+    dataset = Path(DATASET).resolve().name if Path(DATASET).is_dir() else DATASET
+    return DiT(class_names=class_names, dataset=dataset, **sizes)
 
 
 def seconds_per_picture(device):

@@ -58,6 +58,7 @@ def test_a_run_leaves_its_files(trained):
     assert grid(out / "samples" / names[0])[0] == (3 * 18 + 2, 18 + 2)  # a picture of each class
     model = DiT.from_pretrained(out)
     assert model.class_names == ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]
+    assert model.dataset == "pictures"  # the folder's name, not where it lies
     ema = state(out)["ema"]
     assert all(torch.equal(tensor, ema[name]) for name, tensor in model.state_dict().items())
 
