@@ -140,10 +140,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         """Velocity (B,3,S,S) float32 at z_t = (1-t) x + t eps. z: (B,3,S,S) float; t: (B,) from 0,
         data, to 1, noise; y: (B,) int64 class ids, where num_classes is the null class."""
         B, P, side = len(z), self.patch_size, self.image_size // self.patch_size
-        c = F.silu(
-            self.timestep_embedding(waves(t)) + CLASS_SCALE * self.class_embedding(y)
-        )  # (B, dim)
-        z_t = z.view(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)
+        c = F.silu(self.timestep_embedding(waves(t)) + CLASS_SCALE * self.class_embedding(y))
+        z_t = z.reshape(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side**2, -1)
         x = self.patch_embedding(z_t)  # (B, T, dim)
         for block in self.blocks:
             x = block(x, c, *self.rotary)
