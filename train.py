@@ -73,7 +73,7 @@ LAPTOP = {
     "DIM": 128,
     "DEPTH": 4,
     "HEADS": 4,
-    "STEPS": 3000,
+    "STEPS": 2400,
     "BATCH_SIZE": 16,
     "LEARNING_RATE": 3e-3,
     "EMA_DECAY": 0.998,
@@ -375,7 +375,7 @@ def main():
                 bar.close()
                 why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
                 raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
-            bar.set_postfix(step=step, loss=f"{train_loss:.4f}", refresh=False)
+            bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
         if evaluate:
             rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
             val_loss = validation_loss(ema, *val_data)
