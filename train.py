@@ -70,9 +70,9 @@ COMPILE = 1  # torch.compile on CUDA, where it pays; 0 for never
 LAPTOP = {
     "DATASET": "drawn",
     "PATCH_SIZE": 8,
-    "DIM": 128,
-    "DEPTH": 4,
-    "HEADS": 4,
+    "DIM": 96,
+    "DEPTH": 6,
+    "HEADS": 3,
     "STEPS": 2400,
     "BATCH_SIZE": 16,
     "LEARNING_RATE": 3e-3,
