@@ -278,13 +278,13 @@ def new_model(class_names):
     return DiT(class_names=class_names, dataset=dataset, **sizes)
 
 
-def seconds_per_picture(device):
-    """What a picture costs to train on: four go forward and backward through a new network."""
+def seconds_per_picture(device, n):
+    """What training costs: n pictures go forward and backward through a new network."""
     with torch.device(device):
-        model, x, t = new_model(["any"]), torch.zeros(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(4)
+        model, x, t = new_model(["any"]), torch.zeros(n, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(n)
         start = time.perf_counter()
-        rectified_flow_loss(model, x, torch.zeros(4, dtype=torch.long), t, x).backward()
-    return (time.perf_counter() - start) / 4
+        rectified_flow_loss(model, x, torch.zeros(n, dtype=torch.long), t, x).backward()
+    return (time.perf_counter() - start) / n
 
 
 def main():
@@ -301,9 +301,10 @@ def main():
         raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
     device = sample.pick_device(DEVICE)
     with FlopCounterMode(display=False) as counter:
-        seconds_per_picture("meta")
+        seconds_per_picture("meta", 1)
     if device.type == "cpu":
-        minutes = min(seconds_per_picture("cpu") for _ in range(3)) * BATCH_SIZE * STEPS / 60
+        n = max(1, 1024 * PATCH_SIZE**2 // IMAGE_SIZE**2)  # 1024 tokens keep a CPU busy
+        minutes = min(seconds_per_picture("cpu", n) for _ in range(3)) * BATCH_SIZE * STEPS / 60
         hint = "; --preset laptop takes about three" if minutes > 30 else ""
         print(f"about {minutes:,.0f} minutes on this CPU{hint}", flush=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -316,7 +317,7 @@ def main():
     model = new_model(class_names).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     weights = list(model.parameters())
-    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 4e9
+    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 1e9
     print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
     print(f"{millions:.2f} M parameters, {gflop:.2f} GFLOP an image, {device}", flush=True)
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0, fused=True)
