@@ -33,8 +33,9 @@ def main():
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(steps, losses["train_loss"], label="training")
     axes.plot(steps, losses["val_loss"], label="held-out pictures, averaged weights")
-    axes.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="step", ylabel="mean squared velocity error")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
     axes.legend()
     output = args.output or args.run / "loss.png"
     figure.savefig(output, dpi=110)
