@@ -152,6 +152,19 @@ def test_a_stopped_run_resumes_bit_for_bit(pictures, tmp_path, number, status):
     assert_same_run(tmp_path / "whole" / "out", broken / "out")
 
 
+def test_a_run_killed_in_its_first_steps_can_be_resumed(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 200, "--batch-size", 4]
+    process = start("train.py", *settings, "--eval-every", 1, cwd=tmp_path)
+    while not (tmp_path / "out" / "log.csv").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)
+    assert state(tmp_path / "out")["step"] == 0
+    call("train.py", "--resume", "--steps", 10, cwd=tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "out")] == [str(n) for n in range(1, 11)]
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pictures, tmp_path):
     settings = [*SMALL, "--dataset", pictures, "--batch-size", 4]
     call("train.py", *settings, "--steps", 5, cwd=tmp_path)
