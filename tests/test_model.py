@@ -35,7 +35,8 @@ def test_returns_a_float32_velocity_of_the_pictures_shape(prediction):
     v = shaken(make(prediction=prediction))(z, t, y)
     assert v.shape == z.shape and v.dtype == torch.float32 and v.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        assert shaken(make(prediction=prediction))(z, t, y).dtype == torch.float32
+        for picture in (z, z.bfloat16()):
+            assert shaken(make(prediction=prediction))(picture, t, y).dtype == torch.float32
 
 
 def test_at_the_start_the_network_predicts_zero():
