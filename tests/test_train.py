@@ -198,6 +198,7 @@ def test_every_size_runs(tmp_path, n, extra):
         (["--batch-size", "0"], "BATCH_SIZE"),
         (["--learning-rate", "-1"], "LEARNING_RATE"),
         (["--learning-rate", "nan"], "LEARNING_RATE"),
+        (["--learning-rate", "inf"], "LEARNING_RATE"),
         (["--patch-size", "5"], "PATCH_SIZE"),
         (["--heads", "3"], "HEADS"),
         (["--eval-every", "0"], "EVAL_EVERY"),
