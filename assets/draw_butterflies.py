@@ -58,9 +58,8 @@ def _draw(labels, randoms, image_size):
     """Draw one chunk: labels (B,), randoms (B, 16) in [0, 1) -> uint8 (B, 3, S, S)."""
     colour, pattern, shape = labels // 15, labels // 3 % 5, labels % 3
 
-    def between(
-        low, high, column
-    ):  # a random number a picture, shaped to meet the pixels: (B, 1, 1)
+    def between(low, high, column):
+        """A random number a picture, shaped to meet the pixels: (B, 1, 1)."""
         return (low + (high - low) * randoms[:, column])[:, None, None]
 
     # The points drawn, in the butterfly's own frame: root of the wings at 0, y towards the head.
@@ -83,14 +82,10 @@ def _draw(labels, randoms, image_size):
     )
 
     hues = torch.tensor(list(HUES.values()))[colour][:, None, None]
-    hue, saturation, value = (
-        hues + between(-0.02, 0.02, 13),
-        between(0.75, 0.95, 14),
-        between(0.78, 0.97, 15),
-    )
-    sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])[
-        shape
-    ]  # (B, 2, 4)
+    hue = hues + between(-0.02, 0.02, 13)
+    saturation, value = between(0.75, 0.95, 14), between(0.78, 0.97, 15)
+    sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])
+    sizes = sizes[shape]  # (B, 2, 4)
     is_ = {name: (pattern == i)[:, None, None] for i, name in enumerate(PATTERNS)}
     tailed = (shape == list(SHAPES).index("tailed"))[:, None, None]
 
@@ -110,10 +105,8 @@ def _draw(labels, randoms, image_size):
         # Distances from points on the wing's axis.
         eye = torch.hypot((along - 0.62) * length, across * width)
         spots = torch.hypot(((along - 0.60).abs() - 0.18) * length, across * width)
-        dark = is_["border"] & (radius > 0.72) | is_["bands"] & (
-            torch.sin(along * 14.0 - 1.6) > 0.0
-        )
-        dark = dark | is_["eyes"] & (eye < 0.21)
+        bands = torch.sin(along * 14.0 - 1.6) > 0.0
+        dark = is_["border"] & (radius > 0.72) | is_["bands"] & bands | is_["eyes"] & (eye < 0.21)
         light = is_["spots"] & (spots < 0.115) | is_["eyes"] & (eye < 0.10)
         picture = _paint(picture, inside & dark, torch.tensor(DARK)[:, None, None])
         picture = _paint(picture, inside & light, torch.tensor(CREAM)[:, None, None])
