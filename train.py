@@ -103,18 +103,18 @@ def rectified_flow_loss(model, x, y, t, noise):
 
 
 @torch.no_grad()
-def validation_loss(model, images, labels):
-    """Mean loss over uint8 images (N,3,S,S) and EVAL_T, with the same noise every time: a float."""
+def validation_loss(model, images, labels, times=EVAL_T):
+    """Mean loss over uint8 images (N,3,S,S) and times, with the same noise every time: a float."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     for batch, y in zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH)):
         x = batch.float() / 127.5 - 1
-        for t in EVAL_T:
+        for t in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
-            times = torch.full((len(x),), t, device=x.device)
+            t = torch.full((len(x),), t, device=x.device)
             with sample.autocast(x.device):
-                total += rectified_flow_loss(model, x, y, times, noise) * len(x)
-    return total.item() / (len(images) * len(EVAL_T))
+                total += rectified_flow_loss(model, x, y, t, noise) * len(x)
+    return total.item() / (len(images) * len(times))
 
 
 def random_batch(images, labels, num_classes, step):

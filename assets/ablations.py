@@ -1,0 +1,519 @@
+"""What does each line buy? Trains variants of the recipe at equal compute and writes a table.
+
+    python assets/ablations.py screening --dataset butterflies --held-out butterflies-held-out
+    python assets/ablations.py finalists --dataset butterflies --held-out butterflies-held-out
+    python assets/ablations.py screening --only "no flips" "v predicted" ...
+    python assets/ablations.py screening --size default ...      # train.py's own network: a GPU
+    python assets/ablations.py --table                           # only the table and the plot
+
+Each variant is the recipe of train.py with one thing changed: a constant where it is one, else a few
+lines below. Every row of a stage trains for the same number of floating-point operations, counted
+from its network, so that a variant twice as costly sees half the pictures. A finished row is kept in
+assets/ablations.csv and not run again; a row that was stopped goes on where it was. Then
+assets/ablations-<stage>.md and .png are written from the rows there are.
+
+loss: held-out velocity error of the averaged weights at five t, on the pictures that train.py holds
+out of --dataset; kid: kernel distance (assets/score.py) of samples to the --held-out pictures.
+"""
+
+import csv
+import functools
+import math
+import multiprocessing
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import model as network  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from assets.score import SIZE, features, frechet_distance, kernel_distance  # noqa: E402
+from model import UserError  # noqa: E402
+
+# The small network of the rows that two CPU cores run; everything else is as in train.py.
+SMALL = {"PATCH_SIZE": 8, "DIM": 128, "DEPTH": 6, "HEADS": 4, "BATCH_SIZE": 32}
+SMALL |= {"LEARNING_RATE": 2e-3, "DEVICE": "cpu"}
+
+
+# Variants that are no constant: each function changes the loaded modules of its own process.
+
+
+def after_initialize(change):
+    """Let change(dit) alter every new network, once its weights have their starting values."""
+    initialize = network.DiT.initialize
+
+    def initialize_and_change(dit):
+        initialize(dit)
+        change(dit)
+
+    network.DiT.initialize = initialize_and_change
+
+
+def change_batches(change):
+    """Let change(x, y, t, noise) alter every training batch."""
+    random_batch = train.random_batch
+    train.random_batch = lambda *arguments: change(*random_batch(*arguments))
+
+
+def change_optimizer(**options):
+    """AdamW with other options than train.py's."""
+    AdamW = torch.optim.AdamW
+    torch.optim.AdamW = lambda weights, **own: AdamW(weights, **{**own, **options})
+
+
+def no_skip():
+    def change(dit):
+        del dit.skip
+        dit.skip = lambda c: c.new_zeros(len(c), 1)
+
+    after_initialize(change)
+
+
+def bottleneck(width=64):
+    def change(dit):
+        layer = dit.patch_embedding
+        narrow = nn.Linear(layer.in_features, width, bias=False)
+        dit.patch_embedding = nn.Sequential(narrow, nn.Linear(width, layer.out_features))
+
+    after_initialize(change)
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020, arXiv 2002.05202: as many weights as the two layers of the plain MLP."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = 8 * dim // 3
+        self.both, self.out = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, x = self.both(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * x)
+
+
+def swiglu():
+    def change(dit):
+        for block in dit.blocks:
+            block.mlp = SwiGLU(block.mlp[0].in_features)
+
+    after_initialize(change)
+
+
+def relu_squared():
+    def change(dit):
+        for block in dit.blocks:
+            block.mlp[1] = nn.ReLU()
+            block.mlp[1].forward = lambda x: F.relu(x).square()
+
+    after_initialize(change)
+
+
+class Positions(nn.Module):
+    """Adds the sines and cosines of DiT to the tokens (B, T, dim): half for the row, half for the
+    column of each."""
+
+    def __init__(self, side, dim):
+        super().__init__()
+        angles = torch.outer(torch.arange(side), 1e-4 ** (torch.arange(dim // 4) / (dim // 4)))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+        table = torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x):
+        return x + self.table
+
+
+def sin_cos():
+    def change(dit):
+        positions = Positions(dit.image_size // dit.patch_size, dit.patch_embedding.out_features)
+        dit.patch_embedding = nn.Sequential(dit.patch_embedding, positions)
+
+    after_initialize(change)
+    network.rotate = lambda x, cos, sin: x
+
+
+def no_qk_norm():
+    class Attention(network.Attention):
+        def forward(self, x, cos, sin):
+            qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = network.rotate(qkv[0], cos, sin), network.rotate(qkv[1], cos, sin), qkv[2]
+            x = F.scaled_dot_product_attention(q, k, v)
+            return self.out(x.transpose(1, 2).flatten(2))
+
+    network.Attention = Attention
+
+
+class InContext(nn.Module):
+    """The blocks, with more tokens in front: made of the condition c, or the same for all."""
+
+    def __init__(self, blocks, dim, conditional, tokens=4):
+        super().__init__()
+        self.blocks, self.conditional, self.shape = blocks, conditional, (tokens, dim)
+        self.tokens = nn.Linear(dim, tokens * dim)
+
+    def forward(self, x, c, cos, sin):
+        n, _ = self.shape
+        tokens = self.tokens(c if self.conditional else torch.ones_like(c))
+        x = torch.cat([tokens.unflatten(1, self.shape), x], dim=1)
+        cos, sin = F.pad(cos, (0, 0, n, 0), value=1.0), F.pad(sin, (0, 0, n, 0))  # not turned
+        for block in self.blocks:
+            x = block(x, c, cos, sin)
+        return x[:, n:]
+
+
+def more_tokens(conditional):
+    def change(dit):
+        dim = dit.patch_embedding.out_features
+        dit.blocks = nn.ModuleList([InContext(dit.blocks, dim, conditional)])
+
+    after_initialize(change)
+
+
+def class_start(std, scale):
+    network.CLASS_SCALE = scale
+    after_initialize(lambda dit: nn.init.normal_(dit.class_embedding.weight, std=std))
+
+
+def uniform_t():
+    generator = torch.Generator().manual_seed(0)
+
+    def change(x, y, t, noise):
+        return x, y, torch.rand(len(t), generator=generator).to(t.device), noise
+
+    change_batches(change)
+
+
+def zoom():
+    """Every picture enlarged by up to a quarter around a random point."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(x, y, t, noise):
+        r = torch.rand(3, len(x), generator=generator).to(x.device)
+        share = 1 - 0.2 * r[0]  # of the picture that stays in view
+        theta = torch.zeros(len(x), 2, 3, device=x.device)
+        theta[:, 0, 0] = theta[:, 1, 1] = share
+        theta[:, :, 2] = ((2 * r[1:] - 1) * (1 - share)).T
+        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+        return x, y, t, noise
+
+    change_batches(change)
+
+
+def loss_on_x():
+    """The error of x instead of v: for x = z_t - t v it is the error of v, times t."""
+
+    def loss(dit, x, y, t, noise):
+        t_ = t[:, None, None, None]
+        z_t = (1 - t_) * x + t_ * noise
+        return F.mse_loss(z_t - t_ * dit(z_t, t, y), x)
+
+    whole_loss = train.rectified_flow_loss
+    train.rectified_flow_loss = lambda dit, *batch: (loss if dit.training else whole_loss)(
+        dit, *batch
+    )
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but matrices of the blocks move by their orthogonalized momentum (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon), scaled to the size of AdamW's steps (Liu et al. 2025,
+    arXiv 2502.16982)."""
+
+    rate = 1.0
+
+    def __init__(self, weights, **options):
+        self.matrices = [w for w in weights if getattr(w, "in_block", False)]
+        self.momentum = [torch.zeros_like(w) for w in self.matrices]
+        super().__init__([w for w in weights if not hasattr(w, "in_block")], **options)
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for w, m in zip(self.matrices, self.momentum):
+            m.lerp_(w.grad, 0.05)
+            x = torch.lerp(w.grad, m, 0.95)  # Nesterov
+            x = x.T if w.shape[0] > w.shape[1] else x
+            x = x / (x.norm() + 1e-7)
+            for _ in range(5):  # Newton-Schulz: singular values go to about 1
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x.T if w.shape[0] > w.shape[1] else x
+            size = 0.2 * max(w.shape) ** 0.5
+            w.sub_(x, alpha=self.rate * self.param_groups[0]["lr"] * size)
+            w.grad = None
+
+
+def muon(rate):
+    def mark(dit):
+        for w in dit.blocks.parameters():
+            if w.ndim == 2:
+                w.in_block = True
+
+    after_initialize(mark)
+    Muon.rate = rate
+    torch.optim.AdamW = Muon
+
+
+def seed_recipe():
+    """What no constant says of DiT as this project's predecessor trained it."""
+    no_qk_norm()
+    sin_cos()
+    no_skip()
+    class_start(0.02, 1)
+    uniform_t()
+    change_optimizer(betas=(0.9, 0.999), weight_decay=0.01)
+
+
+SEED = {"PREDICTION": "v", "LEARNING_RATE": 1e-4, "WARMUP_STEPS": 1, "DECAY_SHARE": 0.0}
+SEED |= {"EMA_DECAY": 0.0, "FLIP_SHARE": 0.0, "GRAD_CLIP": 1e9, "BATCH_SIZE": 128}
+
+# name -> constants that differ from the default, and a function that changes the modules
+VARIANTS = {
+    "default": ({}, None),
+    "learning rate 1e-3": ({"LEARNING_RATE": 1e-3}, None),
+    "learning rate 4e-3": ({"LEARNING_RATE": 4e-3}, None),
+    "v predicted": ({"PREDICTION": "v"}, None),
+    "t mean 0.4": ({"T_MEAN": 0.4}, None),
+    "no path around the blocks": ({}, no_skip),
+    "seed recipe, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
+    "batch 16": ({"BATCH_SIZE": 16}, None),
+    "Muon": ({}, functools.partial(muon, 1.0)),
+    "patch 4": ({"PATCH_SIZE": 4}, None),
+    "width 192": ({"DIM": 192, "HEADS": 6}, None),
+    "t uniform": ({}, uniform_t),
+    "sin-cos positions": ({}, sin_cos),
+    "no QK-norm": ({}, no_qk_norm),
+    "no EMA": ({"EMA_DECAY": 0.0}, None),
+    "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
+    "decay over all of the run": ({"DECAY_SHARE": 1.0}, None),
+    "class tokens in context": ({}, functools.partial(more_tokens, True)),
+    "bottleneck 64": ({}, bottleneck),
+    "SwiGLU": ({}, swiglu),
+    "class embedding starts at 0.02": ({}, functools.partial(class_start, 0.02, 1)),
+    "no flips": ({"FLIP_SHARE": 0.0}, None),
+    "zoomed up to 1.25": ({}, zoom),
+    "patch 4, v predicted": ({"PATCH_SIZE": 4, "PREDICTION": "v"}, None),
+    "width 96": ({"DIM": 96, "HEADS": 3}, None),
+    "loss on x": ({}, loss_on_x),
+    "depth 12": ({"DEPTH": 12}, None),
+    "register tokens": ({}, functools.partial(more_tokens, False)),
+    "Adam's second beta 0.99": ({}, functools.partial(change_optimizer, betas=(0.9, 0.99))),
+    "weight decay 0.1": ({}, functools.partial(change_optimizer, weight_decay=0.1)),
+    "squared ReLU": ({}, relu_squared),
+    "batch 64": ({"BATCH_SIZE": 64}, None),
+    "class embedding at the common rate": ({}, functools.partial(class_start, 1.0, 1)),
+    "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
+}
+HEAD_TO_HEAD = {"IMAGE_SIZE": 32, "PATCH_SIZE": 4}  # so that the seed's patch 2 is to be had
+VARIANTS |= {
+    "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
+    "32x32: default": (HEAD_TO_HEAD, None),
+}
+
+# stage -> TFLOP a row, random seeds, samples a class, their steps, guidance: the best scale counts
+STAGES = {
+    "screening": {"tflop": 15, "seeds": [0], "samples": 5, "steps": 15, "guidance": [2.0]},
+    "finalists": {"tflop": 90, "seeds": [0, 1, 2], "samples": 14, "steps": 25},
+    "head-to-head": {"tflop": 700, "seeds": [0], "samples": 14, "steps": 25},
+}
+GUIDANCE = [1.5, 2.0, 3.0, 4.0]  # scales that are tried where a stage names none
+T = [f"loss_{t}" for t in train.EVAL_T]
+COLUMNS = ["stage", "size", "variant", "seed", "tflop", "parameters", "gflop_image", "images"]
+COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve"]
+HERE = Path(__file__).parent
+
+
+def flops_per_image():
+    """Of one picture forward and backward, as train.py counts them."""
+    with FlopCounterMode(display=False) as counter:
+        train.seconds_per_picture("meta", 1)
+    return counter.get_total_flops()
+
+
+def train_row(row, runs, dataset, real, stage):
+    """Train, measure and append one row to the table: to be run in a process of its own."""
+    settings, change = VARIANTS[row["variant"]]
+    settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": row["seed"]}
+    if change:
+        change()
+    train.apply_settings({**settings, "DATASET": dataset})
+    flops, batch = flops_per_image(), train.BATCH_SIZE
+    steps = max(10, round(row["tflop"] * 1e12 / (flops * batch)))
+    # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
+    length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']:g}"
+    out = runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"
+    settings |= {"DATASET": dataset, "OUT_DIR": str(out), "STEPS": steps, "SAMPLE_EVERY": steps}
+    settings |= {"EVAL_EVERY": max(1, steps // 10), "CHECKPOINT_EVERY": max(1, steps // 20)}
+    flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
+    sys.argv = ["train.py", *flags, *(["--resume"] if (out / "train_state.pt").exists() else [])]
+    print("+", shlex.join(sys.argv), flush=True)
+    train.main()
+
+    device = sample.pick_device(train.DEVICE)
+    dit = sample.load_model(out).to(device).eval()
+    images, labels, _ = train.load_dataset()
+    val = train.held_out(labels)
+    data = images[val].to(device), labels[val].to(device)
+    losses = [train.validation_loss(dit, *data, times=(t,)) for t in train.EVAL_T]
+    with open(out / "log.csv") as file:
+        log = list(csv.DictReader(file))
+    row |= {"parameters": sum(w.numel() for w in dit.parameters()), "images": steps * batch}
+    row |= {"gflop_image": f"{flops / 1e9:.4f}", "minutes": f"{float(log[-1]['seconds']) / 60:.2f}"}
+    row |= {name: f"{loss:.5f}" for name, loss in zip(T, losses)}
+    # Pairs of TFLOP and mean held-out loss.
+    row["curve"] = " ".join(
+        f"{int(line['step']) * batch * flops / 1e12:.3g}:{float(line['val_loss']):.4f}"
+        for line in log
+    )
+    if real is not None:
+        row |= score(dit, torch.load(real), stage)
+    write_row(row)
+
+
+def score(dit, real, stage):
+    """Distances at the guidance scale that comes nearest with few samples, taken with many."""
+
+    def samples(each, scale):
+        classes = torch.arange(dit.num_classes).repeat_interleave(each)
+        pictures = torch.cat(list(sample.generate(dit, classes, 0, stage["steps"], scale)))
+        return features(F.interpolate(pictures.float(), SIZE, mode="bicubic").clamp(0, 255))
+
+    scales = stage.get("guidance", GUIDANCE)
+    if len(scales) > 1:
+        kids = {scale: kernel_distance(samples(5, scale), real) for scale in scales}
+        print("kernel distance by guidance:", kids, flush=True)
+        scales = sorted(scales, key=kids.get)
+    seen = samples(stage["samples"], scales[0])
+    kid, frechet = kernel_distance(seen, real), frechet_distance(seen, real)
+    return {"guidance": scales[0], "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
+
+
+def read_rows():
+    path = HERE / "ablations.csv"
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def write_row(row):
+    """Add a row to assets/ablations.csv, sorted by stage and variant, by renaming a whole file."""
+
+    def write(path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*read_rows(), row])
+
+    sample.write_beside(HERE / "ablations.csv", write)
+
+
+def spread(rows, column, digits):
+    """Mean of a column, and plus or minus the standard deviation of several seeds."""
+    values = [float(row[column]) for row in rows if row[column]]
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def write_table(stage):
+    """assets/ablations-<stage>.md: a line a variant, best kernel distance first."""
+    groups = {}
+    for row in read_rows():
+        if row["stage"] == stage:
+            groups.setdefault((row["variant"], row["size"], row["tflop"]), []).append(row)
+    head = ["variant", *(f"t = {t}" for t in train.EVAL_T), "KID", "guidance", "TFLOP", "images"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (variant, _, tflop), rows in sorted(
+        groups.items(), key=lambda item: float(item[1][0]["kid"] or math.inf)
+    ):
+        cells = [variant, *(spread(rows, name, 3) for name in T), spread(rows, "kid", 0)]
+        cells += [", ".join(sorted({row["guidance"] for row in rows})), tflop]
+        lines.append("| " + " | ".join([*cells, f"{int(rows[0]['images']):,}"]) + " |")
+    path = HERE / f"ablations-{stage}.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(path)
+
+
+def draw_curves(stage):
+    """assets/ablations-<stage>.png: mean held-out loss against training FLOPs, a line a row."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("matplotlib is missing: pip install matplotlib") from error
+    matplotlib.use("Agg")  # draws without a screen
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    rows = [row for row in read_rows() if row["stage"] == stage and row["seed"] == "0"]
+    rows.sort(key=lambda row: -float(row["curve"].split(":")[-1]))
+    for i, row in enumerate(rows):
+        points = [tuple(map(float, pair.split(":"))) for pair in row["curve"].split()]
+        style = {"color": "black", "lw": 2.5, "zorder": 3} if row["variant"] == "default" else {}
+        style = style or {"color": plt.cm.turbo(i / len(rows)), "lw": 1}
+        axes.plot(*zip(*points), label=row["variant"], **style)
+    axes.set(xlabel="training TFLOP", ylabel="held-out velocity error", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(fontsize=6, loc="outside right upper")
+    path = HERE / f"ablations-{stage}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def parse_flags():
+    parser = sample.new_parser(__doc__)
+    add = parser.add_argument
+    add("stage", choices=[*STAGES], help="how long a row trains, and how it is scored")
+    add("--only", nargs="+", metavar="VARIANT", help="these instead of all; see VARIANTS")
+    add("--dataset", default="sayakpaul/butteflies_with_classes", help="to train on (%(default)s)")
+    add("--held-out", type=Path, metavar="FOLDER", help="real pictures to score samples against")
+    add("--size", choices=["small", "default"], default="small", help="(%(default)s)")
+    add("--tflop", type=float, help="training TFLOP of a row, instead of the stage's")
+    add("--seeds", type=int, nargs="+", help="instead of the stage's")
+    add("--runs", type=Path, default=Path("out-ablations"), help="runs go here (%(default)s)")
+    add("--table", action="store_true", help="train nothing: only write the table and the plot")
+    flags = parser.parse_args()
+    for name in flags.only or []:
+        if name not in VARIANTS:
+            raise UserError(f'--only "{name}" is none of: {", ".join(VARIANTS)}')
+    return flags
+
+
+def main():
+    flags = parse_flags()
+    stage = STAGES[flags.stage]
+    seeds, tflop = flags.seeds or stage["seeds"], flags.tflop or stage["tflop"]
+    rows = [] if flags.table else [(v, s) for v in flags.only or VARIANTS for s in seeds]
+    known = {(r["stage"], r["size"], r["variant"], r["seed"], r["tflop"]) for r in read_rows()}
+    real = None
+    for variant, seed in rows:
+        row = {"stage": flags.stage, "size": flags.size, "variant": variant, "seed": seed}
+        row["tflop"] = tflop
+        if tuple(map(str, row.values())) in known:
+            continue
+        flags.runs.mkdir(parents=True, exist_ok=True)
+        if flags.held_out and real is None:
+            real = flags.runs / "held-out-features.pt"
+            torch.save(features(train.load_images(flags.held_out, SIZE)[0]), real)
+        arguments = row, flags.runs, flags.dataset, real, stage
+        # A new process for each: it starts from the modules as they are written.
+        process = multiprocessing.get_context("spawn").Process(target=train_row, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UserError(f'"{variant}" ended with status {process.exitcode}: see above')
+    write_table(flags.stage)
+    draw_curves(flags.stage)
+
+
+if __name__ == "__main__":
+    sample.run(main)
