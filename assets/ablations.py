@@ -6,10 +6,10 @@
     python assets/ablations.py screening --size default ...      # train.py's own network: a GPU
     python assets/ablations.py --table                           # only the table and the plot
 
-Each variant is the recipe of train.py with one thing changed: a constant where it is one, else a few
-lines below. Every row of a stage trains for the same number of floating-point operations, counted
-from its network, so that a variant twice as costly sees half the pictures. A finished row is kept in
-assets/ablations.csv and not run again; a row that was stopped goes on where it was. Then
+Each variant is the recipe of train.py with one thing changed: a constant where it is one, else a
+few lines below. Every row of a stage trains for the same number of floating-point operations,
+counted from its network, so that a variant twice as costly sees half the pictures. A finished row
+is kept in assets/ablations.csv and not run again; a row that was stopped goes on where it was. Then
 assets/ablations-<stage>.md and .png are written from the rows there are.
 
 loss: held-out velocity error of the averaged weights at five t, on the pictures that train.py holds
@@ -38,8 +38,8 @@ from assets.score import SIZE, features, frechet_distance, kernel_distance  # no
 from model import UserError  # noqa: E402
 
 # The small network of the rows that two CPU cores run; everything else is as in train.py.
-SMALL = {"PATCH_SIZE": 8, "DIM": 128, "DEPTH": 6, "HEADS": 4, "BATCH_SIZE": 32}
-SMALL |= {"LEARNING_RATE": 2e-3, "DEVICE": "cpu"}
+SMALL = {"PATCH_SIZE": 8, "DIM": 128, "DEPTH": 6, "HEADS": 4, "BATCH_SIZE": 16}
+SMALL |= {"LEARNING_RATE": 4e-3, "DEVICE": "cpu"}
 
 
 # Variants that are no constant: each function changes the loaded modules of its own process.
@@ -226,8 +226,6 @@ class Muon(torch.optim.AdamW):
     kellerjordan.github.io/posts/muon), scaled to the size of AdamW's steps (Liu et al. 2025,
     arXiv 2502.16982)."""
 
-    rate = 1.0
-
     def __init__(self, weights, **options):
         self.matrices = [w for w in weights if getattr(w, "in_block", False)]
         self.momentum = [torch.zeros_like(w) for w in self.matrices]
@@ -246,18 +244,17 @@ class Muon(torch.optim.AdamW):
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if w.shape[0] > w.shape[1] else x
             size = 0.2 * max(w.shape) ** 0.5
-            w.sub_(x, alpha=self.rate * self.param_groups[0]["lr"] * size)
+            w.sub_(x, alpha=self.param_groups[0]["lr"] * size)
             w.grad = None
 
 
-def muon(rate):
+def muon():
     def mark(dit):
         for w in dit.blocks.parameters():
             if w.ndim == 2:
                 w.in_block = True
 
     after_initialize(mark)
-    Muon.rate = rate
     torch.optim.AdamW = Muon
 
 
@@ -277,17 +274,13 @@ SEED |= {"EMA_DECAY": 0.0, "FLIP_SHARE": 0.0, "GRAD_CLIP": 1e9, "BATCH_SIZE": 12
 # name -> constants that differ from the default, and a function that changes the modules
 VARIANTS = {
     "default": ({}, None),
-    "learning rate 1e-3": ({"LEARNING_RATE": 1e-3}, None),
-    "learning rate 4e-3": ({"LEARNING_RATE": 4e-3}, None),
     "v predicted": ({"PREDICTION": "v"}, None),
-    "t mean 0.4": ({"T_MEAN": 0.4}, None),
     "no path around the blocks": ({}, no_skip),
     "seed recipe, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
-    "batch 16": ({"BATCH_SIZE": 16}, None),
-    "Muon": ({}, functools.partial(muon, 1.0)),
+    "t mean 0.4": ({"T_MEAN": 0.4}, None),
     "patch 4": ({"PATCH_SIZE": 4}, None),
-    "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "t uniform": ({}, uniform_t),
+    "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "sin-cos positions": ({}, sin_cos),
     "no QK-norm": ({}, no_qk_norm),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
@@ -298,18 +291,22 @@ VARIANTS = {
     "SwiGLU": ({}, swiglu),
     "class embedding starts at 0.02": ({}, functools.partial(class_start, 0.02, 1)),
     "no flips": ({"FLIP_SHARE": 0.0}, None),
+    "batch 8": ({"BATCH_SIZE": 8}, None),
     "zoomed up to 1.25": ({}, zoom),
     "patch 4, v predicted": ({"PATCH_SIZE": 4, "PREDICTION": "v"}, None),
     "width 96": ({"DIM": 96, "HEADS": 3}, None),
+    "batch 32": ({"BATCH_SIZE": 32}, None),
     "loss on x": ({}, loss_on_x),
+    "Muon": ({}, muon),
     "depth 12": ({"DEPTH": 12}, None),
+    "t mean 0": ({"T_MEAN": 0.0}, None),
     "register tokens": ({}, functools.partial(more_tokens, False)),
     "Adam's second beta 0.99": ({}, functools.partial(change_optimizer, betas=(0.9, 0.99))),
     "weight decay 0.1": ({}, functools.partial(change_optimizer, weight_decay=0.1)),
     "squared ReLU": ({}, relu_squared),
-    "batch 64": ({"BATCH_SIZE": 64}, None),
     "class embedding at the common rate": ({}, functools.partial(class_start, 1.0, 1)),
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
+    **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
 HEAD_TO_HEAD = {"IMAGE_SIZE": 32, "PATCH_SIZE": 4}  # so that the seed's patch 2 is to be had
 VARIANTS |= {
@@ -319,7 +316,7 @@ VARIANTS |= {
 
 # stage -> TFLOP a row, random seeds, samples a class, their steps, guidance: the best scale counts
 STAGES = {
-    "screening": {"tflop": 15, "seeds": [0], "samples": 5, "steps": 15, "guidance": [2.0]},
+    "screening": {"tflop": 12, "seeds": [0], "samples": 5, "steps": 15, "guidance": [2.0]},
     "finalists": {"tflop": 90, "seeds": [0, 1, 2], "samples": 14, "steps": 25},
     "head-to-head": {"tflop": 700, "seeds": [0], "samples": 14, "steps": 25},
 }
@@ -327,7 +324,6 @@ GUIDANCE = [1.5, 2.0, 3.0, 4.0]  # scales that are tried where a stage names non
 T = [f"loss_{t}" for t in train.EVAL_T]
 COLUMNS = ["stage", "size", "variant", "seed", "tflop", "parameters", "gflop_image", "images"]
 COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve"]
-HERE = Path(__file__).parent
 
 
 def flops_per_image():
@@ -337,22 +333,27 @@ def flops_per_image():
     return counter.get_total_flops()
 
 
-def train_row(row, runs, dataset, real, stage):
+def train_row(row, flags, real, stage):
     """Train, measure and append one row to the table: to be run in a process of its own."""
     settings, change = VARIANTS[row["variant"]]
     settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": row["seed"]}
     if change:
         change()
-    train.apply_settings({**settings, "DATASET": dataset})
+    train.apply_settings({**settings, "DATASET": flags.dataset})
     flops, batch = flops_per_image(), train.BATCH_SIZE
     steps = max(10, round(row["tflop"] * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
     length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']:g}"
-    out = runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"
-    settings |= {"DATASET": dataset, "OUT_DIR": str(out), "STEPS": steps, "SAMPLE_EVERY": steps}
+    out = flags.runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"
+    settings |= {
+        "DATASET": flags.dataset,
+        "OUT_DIR": str(out),
+        "STEPS": steps,
+        "SAMPLE_EVERY": steps,
+    }
     settings |= {"EVAL_EVERY": max(1, steps // 10), "CHECKPOINT_EVERY": max(1, steps // 20)}
-    flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
-    sys.argv = ["train.py", *flags, *(["--resume"] if (out / "train_state.pt").exists() else [])]
+    words = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
+    sys.argv = ["train.py", *words, *(["--resume"] if (out / "train_state.pt").exists() else [])]
     print("+", shlex.join(sys.argv), flush=True)
     train.main()
 
@@ -374,7 +375,7 @@ def train_row(row, runs, dataset, real, stage):
     )
     if real is not None:
         row |= score(dit, torch.load(real), stage)
-    write_row(row)
+    write_row(row, flags.output)
 
 
 def score(dit, real, stage):
@@ -395,24 +396,26 @@ def score(dit, real, stage):
     return {"guidance": scales[0], "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
 
 
-def read_rows():
-    path = HERE / "ablations.csv"
+def read_rows(folder):
+    path = folder / "ablations.csv"
     if not path.exists():
         return []
     with open(path) as file:
         return list(csv.DictReader(file))
 
 
-def write_row(row):
-    """Add a row to assets/ablations.csv, sorted by stage and variant, by renaming a whole file."""
+def write_row(row, folder):
+    """Add a row to ablations.csv, by renaming a whole file."""
+
+    rows = [*read_rows(folder), row]
 
     def write(path):
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*read_rows(), row])
+            writer.writerows(rows)
 
-    sample.write_beside(HERE / "ablations.csv", write)
+    sample.write_beside(folder / "ablations.csv", write)
 
 
 def spread(rows, column, digits):
@@ -424,10 +427,10 @@ def spread(rows, column, digits):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def write_table(stage):
-    """assets/ablations-<stage>.md: a line a variant, best kernel distance first."""
+def write_table(stage, folder):
+    """ablations-<stage>.md: a line a variant, best kernel distance first."""
     groups = {}
-    for row in read_rows():
+    for row in read_rows(folder):
         if row["stage"] == stage:
             groups.setdefault((row["variant"], row["size"], row["tflop"]), []).append(row)
     head = ["variant", *(f"t = {t}" for t in train.EVAL_T), "KID", "guidance", "TFLOP", "images"]
@@ -438,13 +441,13 @@ def write_table(stage):
         cells = [variant, *(spread(rows, name, 3) for name in T), spread(rows, "kid", 0)]
         cells += [", ".join(sorted({row["guidance"] for row in rows})), tflop]
         lines.append("| " + " | ".join([*cells, f"{int(rows[0]['images']):,}"]) + " |")
-    path = HERE / f"ablations-{stage}.md"
+    path = folder / f"ablations-{stage}.md"
     path.write_text("\n".join(lines) + "\n")
     print(path)
 
 
-def draw_curves(stage):
-    """assets/ablations-<stage>.png: mean held-out loss against training FLOPs, a line a row."""
+def draw_curves(stage, folder):
+    """ablations-<stage>.png: mean held-out loss against training FLOPs, a line a row."""
     try:
         import matplotlib
     except ImportError as error:
@@ -453,7 +456,7 @@ def draw_curves(stage):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = [row for row in read_rows() if row["stage"] == stage and row["seed"] == "0"]
+    rows = [row for row in read_rows(folder) if row["stage"] == stage and row["seed"] == "0"]
     rows.sort(key=lambda row: -float(row["curve"].split(":")[-1]))
     for i, row in enumerate(rows):
         points = [tuple(map(float, pair.split(":"))) for pair in row["curve"].split()]
@@ -463,7 +466,7 @@ def draw_curves(stage):
     axes.set(xlabel="training TFLOP", ylabel="held-out velocity error", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize=6, loc="outside right upper")
-    path = HERE / f"ablations-{stage}.png"
+    path = folder / f"ablations-{stage}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(path)
@@ -480,6 +483,7 @@ def parse_flags():
     add("--tflop", type=float, help="training TFLOP of a row, instead of the stage's")
     add("--seeds", type=int, nargs="+", help="instead of the stage's")
     add("--runs", type=Path, default=Path("out-ablations"), help="runs go here (%(default)s)")
+    add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
     add("--table", action="store_true", help="train nothing: only write the table and the plot")
     flags = parser.parse_args()
     for name in flags.only or []:
@@ -493,7 +497,10 @@ def main():
     stage = STAGES[flags.stage]
     seeds, tflop = flags.seeds or stage["seeds"], flags.tflop or stage["tflop"]
     rows = [] if flags.table else [(v, s) for v in flags.only or VARIANTS for s in seeds]
-    known = {(r["stage"], r["size"], r["variant"], r["seed"], r["tflop"]) for r in read_rows()}
+    known = {
+        (r["stage"], r["size"], r["variant"], r["seed"], r["tflop"])
+        for r in read_rows(flags.output)
+    }
     real = None
     for variant, seed in rows:
         row = {"stage": flags.stage, "size": flags.size, "variant": variant, "seed": seed}
@@ -504,15 +511,15 @@ def main():
         if flags.held_out and real is None:
             real = flags.runs / "held-out-features.pt"
             torch.save(features(train.load_images(flags.held_out, SIZE)[0]), real)
-        arguments = row, flags.runs, flags.dataset, real, stage
+        arguments = row, flags, real, stage
         # A new process for each: it starts from the modules as they are written.
         process = multiprocessing.get_context("spawn").Process(target=train_row, args=arguments)
         process.start()
         process.join()
         if process.exitcode:
             raise UserError(f'"{variant}" ended with status {process.exitcode}: see above')
-    write_table(flags.stage)
-    draw_curves(flags.stage)
+    write_table(flags.stage, flags.output)
+    draw_curves(flags.stage, flags.output)
 
 
 if __name__ == "__main__":

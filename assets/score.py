@@ -115,7 +115,7 @@ def main():
                 raise UserError(f"{folder} is not a folder")
             images, _, _ = load_images(folder, SIZE)
             loaded[name] = images, features(images)
-    (fakes, a), (reals, b) = loaded["generated"], loaded["real"]
+    (_, a), (_, b) = loaded["generated"], loaded["real"]
     if min(len(a), len(b)) < 2:
         raise UserError("a distance needs at least two pictures in each folder")
     kid, frechet = kernel_distance(a, b), frechet_distance(a, b)

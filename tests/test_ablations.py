@@ -1,0 +1,99 @@
+"""assets/ablations.py: every variant trains and is one; rows are equal in compute and kept."""
+
+import csv
+
+import pytest
+import torch
+from conftest import call, refused
+
+import model
+import train
+from assets import ablations
+
+SMALLER = {"IMAGE_SIZE": 16, "PATCH_SIZE": 4, "DIM": 64, "DEPTH": 2, "HEADS": 2, "BATCH_SIZE": 4}
+
+
+def first_losses(monkeypatch, variant):
+    """Training losses of four steps of a variant, on one small network."""
+    with monkeypatch.context() as patch:
+        for owner, name in (  # what a variant may change: put back at the end
+            (model.DiT, "initialize"),
+            (model, "Attention"),
+            (model, "rotate"),
+            (model, "CLASS_SCALE"),
+            (train, "random_batch"),
+            (train, "rectified_flow_loss"),
+            (torch.optim, "AdamW"),
+        ):
+            patch.setattr(owner, name, getattr(owner, name))
+        settings, change = ablations.VARIANTS[variant]
+        for name in train.SETTINGS:
+            patch.setattr(train, name, getattr(train, name))
+        train.apply_settings(SMALLER)
+        if change:
+            change()
+        torch.manual_seed(0)
+        dit = train.new_model(["a", "b"])
+        optimizer = torch.optim.AdamW(
+            [*dit.parameters()], lr=1e-2, betas=(0.9, 0.95), weight_decay=0
+        )
+        images = torch.arange(8 * 3 * 256).view(8, 3, 16, 16) % 251
+        losses = []
+        for step in range(1, 5):
+            batch = train.random_batch(images.to(torch.uint8), torch.arange(8) % 2, 2, step)
+            loss = train.rectified_flow_loss(dit, *batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+
+@pytest.mark.parametrize("variant", [v for v, (_, change) in ablations.VARIANTS.items() if change])
+def test_every_variant_that_is_code_trains_and_differs(monkeypatch, variant):
+    default, changed = (first_losses(monkeypatch, name) for name in ("default", variant))
+    assert all(0 < loss < 100 for loss in changed)
+    assert changed != default
+    assert first_losses(monkeypatch, "default") == default  # and leaves nothing behind
+
+
+def test_every_constant_of_a_variant_is_a_setting():
+    for settings, _ in (*ablations.VARIANTS.values(), (ablations.SMALL, None)):
+        assert set(settings) <= set(train.SETTINGS)
+
+
+def rows(folder):
+    with open(folder / "ablations.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_equal_in_compute_and_run_once(pictures, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    command = ["assets/ablations.py", "screening", "--tflop", 0.25, "--dataset", pictures]
+    command += ["--output", tmp_path, "--runs", tmp_path / "runs", "--held-out", pictures]
+    call(*command, "--only", "default", "width 96", cwd=tmp_path)
+    default, narrow = rows(tmp_path)
+    assert [default["variant"], narrow["variant"]] == ["default", "width 96"]
+    for row in (default, narrow):
+        spent = int(row["images"]) * float(row["gflop_image"]) / 1000
+        assert spent == pytest.approx(0.25, rel=0.05)  # whole steps
+        assert all(float(row[name]) > 0 for name in (*ablations.T, "kid", "frechet", "minutes"))
+        last = row["curve"].split()[-1].split(":")
+        assert float(last[0]) == pytest.approx(spent, rel=0.01)
+        mean = sum(float(row[name]) for name in ablations.T) / len(ablations.T)
+        assert float(last[1]) == pytest.approx(mean, rel=0.05)  # other noise, same pictures
+    assert int(narrow["images"]) > 1.2 * int(default["images"])
+    table = (tmp_path / "ablations-screening.md").read_text()
+    assert "| default |" in table and "| width 96 |" in table
+    assert (tmp_path / "ablations-screening.png").stat().st_size > 10_000
+
+    before = (tmp_path / "ablations.csv").read_bytes()
+    out, _ = call(*command, "--only", "width 96", "default", cwd=tmp_path)
+    assert "train.py" not in out  # nothing was trained
+    assert (tmp_path / "ablations.csv").read_bytes() == before
+
+
+def test_a_variant_that_is_none_is_refused(tmp_path):
+    line = refused("assets/ablations.py", "screening", "--only", "luck", cwd=tmp_path)
+    assert "luck" in line and "no flips" in line

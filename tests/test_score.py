@@ -1,0 +1,97 @@
+"""assets/score.py: both distances against closed forms, and rankings that an eye would give."""
+
+import pytest
+import torch
+from conftest import call, refused
+from PIL import Image
+
+from assets.draw_butterflies import draw_butterflies
+from assets.score import features, frechet_distance, kernel_distance, report_nearest
+
+
+def test_kernel_distance_by_hand():
+    # Two features a picture. k(x, y) = (x.y / 2 + 1)^3: of (2, 0) with itself 27, of (0, 2) with
+    # itself 27, of one with the other 1.
+    a, b = torch.tensor([[2.0, 0.0]] * 2), torch.tensor([[0.0, 2.0]] * 3)
+    assert kernel_distance(a, b) == pytest.approx(1000 * (27 + 27 - 2))
+
+
+def test_kernel_distance_has_no_bias():
+    # Two small samples of one distribution: on average 0, and not always above it.
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(400, 2, 5, 8, generator=generator, dtype=torch.float64)
+    distances = torch.tensor([kernel_distance(a, b) for a, b in pairs])
+    assert distances.mean().abs() < 3 * distances.std() / 20
+    assert distances.min() < 0 < distances.max()
+
+
+def test_frechet_distance_by_hand():
+    # b = s a + d has s^2 times the covariance: the distance is |mean_b - mean_a|^2 + (s-1)^2 tr A.
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 4, generator=generator, dtype=torch.float64) + 1
+    d = torch.tensor([1.0, 0.0, -2.0, 0.5])
+    b = 3 * a + d
+    moved = (b.mean(0) - a.mean(0)).square().sum()
+    expected = moved + (3 - 1) ** 2 * torch.cov(a.T).trace()
+    assert frechet_distance(a, b) == pytest.approx(expected.item())
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_worse_pictures_are_farther():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    real, _, _ = draw_butterflies(2, 64, seed=1)
+    other, _, _ = draw_butterflies(1, 64, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, other.shape, generator=generator)
+
+    def noisy(share):
+        return ((1 - share) * other + share * noise).round().to(torch.uint8)
+
+    b = features(real)
+    for distance in (kernel_distance, frechet_distance):
+        good, worse, worst = (distance(features(noisy(share)), b) for share in (0, 0.1, 0.5))
+        assert good < worse < worst
+
+
+def save(images, folder):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+
+
+def test_the_command_scores_folders_and_finds_copies(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images, _, _ = draw_butterflies(1, 64, seed=1)
+    save(images[:12], tmp_path / "training" / "a")
+    save(images[12:24], tmp_path / "real" / "a")
+    copies = images[:12].flip(3)  # mirrored copies are copies
+    save(copies, tmp_path / "fakes" / "a")
+    folders = [tmp_path / name for name in ("fakes", "real")]
+    out, _ = call("assets/score.py", *folders, "--training", tmp_path / "training", cwd=tmp_path)
+    assert "12 generated, 12 real: KID x1000" in out
+    lines = {line.split(":")[0]: line for line in out.splitlines()}
+    for by in ("pixels", "features"):
+        copied = lines[f"generated to nearest training, by {by}"]
+        normal = lines[f"real to nearest training, by {by}"]
+        assert float(copied.split()[-1]) == pytest.approx(0, abs=0.02)
+        assert float(normal.split()[-1]) > 0.02
+
+
+def test_nearest_training_pictures_in_numbers(capsys):
+    # Black pictures and training pictures of grey 10: root mean square 10, whatever their number.
+    black, grey = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.full((3, 3, 64, 64), 10)
+    pytest.importorskip("efficientnet_lite_pytorch")
+    grey = grey.to(torch.uint8)
+    seen = features(black)
+    report_nearest((black, seen), (grey, features(grey)), (grey, features(grey)))
+    out = capsys.readouterr().out
+    assert "generated to nearest training, by pixels: median 10, least 10" in out
+    assert "real to nearest training, by pixels: median 0, least 0" in out
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path, pictures):
+    line = refused("assets/score.py", tmp_path / "none", pictures, cwd=tmp_path)
+    assert "none is not a folder" in line
+    (tmp_path / "efficientnet_lite_pytorch.py").write_text("raise ImportError('x', name='it')")
+    line = refused("assets/score.py", pictures, pictures, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "pip install" in line
