@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as network  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from assets.plot_loss import pyplot  # noqa: E402
 from assets.score import SIZE, features, frechet_distance, kernel_distance  # noqa: E402
 from model import UserError  # noqa: E402
 
@@ -181,6 +182,23 @@ def class_start(std, scale):
     after_initialize(lambda dit: nn.init.normal_(dit.class_embedding.weight, std=std))
 
 
+def few_pictures(each):
+    """Training sees the first `each` pictures of a class; held out are the same as ever."""
+    load_dataset, held_out = train.load_dataset, train.held_out
+    kept = []
+
+    def load():
+        images, labels, names = load_dataset()
+        val = held_out(labels)
+        place = torch.cat([torch.arange(n) for n in torch.bincount(labels[~val])])
+        keep = val.clone()
+        keep[~val] = place < each
+        kept[:] = [val[keep]]
+        return images[keep], labels[keep], names
+
+    train.load_dataset, train.held_out = load, lambda labels: kept[0]
+
+
 def uniform_t():
     generator = torch.Generator().manual_seed(0)
 
@@ -308,22 +326,54 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-HEAD_TO_HEAD = {"IMAGE_SIZE": 32, "PATCH_SIZE": 4}  # so that the seed's patch 2 is to be had
-VARIANTS |= {
+LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
+HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
-    "32x32: default": (HEAD_TO_HEAD, None),
+    "32x32: default": ({"IMAGE_SIZE": 32, "PATCH_SIZE": 4}, None),
 }
 
-# stage -> TFLOP a row, random seeds, samples a class, their steps, guidance: the best scale counts
+# stage -> its rows, variants with the TFLOP they train for; random seeds; samples a class, and
+# their steps. The guidance scale is the best of `guidance`, found with `search` samples a class.
 STAGES = {
-    "screening": {"tflop": 12, "seeds": [0], "samples": 5, "steps": 15, "guidance": [2.0]},
-    "finalists": {"tflop": 90, "seeds": [0, 1, 2], "samples": 14, "steps": 25},
-    "head-to-head": {"tflop": 700, "seeds": [0], "samples": 14, "steps": 25},
+    "screening": {
+        "rows": {variant: [12] for variant in VARIANTS},
+        "seeds": [0],
+        "samples": 5,
+        "steps": 15,
+        "guidance": [2.0],
+    },
+    "finalists": {
+        "rows": {variant: [90] for variant in ("default", "t mean 0.4", "seed recipe, patch 8")},
+        "seeds": [0, 1, 2],
+        "samples": 14,
+        "steps": 25,
+        "guidance": [1.5, 2.0, 3.0, 4.0],
+        "search": 5,
+    },
+    "head-to-head": {
+        "rows": {
+            "32x32: seed recipe, patch 2": [160, 320, 640],
+            "32x32: default": [8, 16, 32, 64],
+        },
+        "seeds": [0],
+        "samples": 14,
+        "steps": 25,
+        "guidance": [1.5, 3.0, 5.0],
+        "search": 2,
+    },
+    "long": {
+        "rows": {"default": [360], "ten pictures a class": [180]},
+        "seeds": [0],
+        "samples": 14,
+        "steps": 25,
+        "guidance": [1.5, 2.0, 3.0, 4.0],
+        "search": 5,
+    },
 }
-GUIDANCE = [1.5, 2.0, 3.0, 4.0]  # scales that are tried where a stage names none
+ALL = {**VARIANTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
 COLUMNS = ["stage", "size", "variant", "seed", "tflop", "parameters", "gflop_image", "images"]
-COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve"]
+COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve", "train_curve"]
 
 
 def flops_per_image():
@@ -333,34 +383,45 @@ def flops_per_image():
     return counter.get_total_flops()
 
 
+def record_loss_on(images, labels, path):
+    """Whenever train.py takes the held-out loss, note the same loss on pictures trained on."""
+    validation_loss = train.validation_loss
+
+    def both(dit, *data, **options):
+        if not options:  # one that train.py takes
+            with open(path, "a") as file:
+                file.write(f"{validation_loss(dit, images, labels):.4f} ")
+        return validation_loss(dit, *data, **options)
+
+    train.validation_loss = both
+
+
 def train_row(row, flags, real, stage):
     """Train, measure and append one row to the table: to be run in a process of its own."""
-    settings, change = VARIANTS[row["variant"]]
-    settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": row["seed"]}
+    settings, change = ALL[row["variant"]]
+    settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": int(row["seed"])}
     if change:
         change()
     train.apply_settings({**settings, "DATASET": flags.dataset})
     flops, batch = flops_per_image(), train.BATCH_SIZE
-    steps = max(10, round(row["tflop"] * 1e12 / (flops * batch)))
+    steps = max(10, round(float(row["tflop"]) * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
-    length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']:g}"
+    length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']}"
     out = flags.runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"
-    settings |= {
-        "DATASET": flags.dataset,
-        "OUT_DIR": str(out),
-        "STEPS": steps,
-        "SAMPLE_EVERY": steps,
-    }
+    settings |= {"DATASET": flags.dataset, "OUT_DIR": str(out), "STEPS": steps}
     settings |= {"EVAL_EVERY": max(1, steps // 10), "CHECKPOINT_EVERY": max(1, steps // 20)}
+    settings["SAMPLE_EVERY"] = steps
     words = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
     sys.argv = ["train.py", *words, *(["--resume"] if (out / "train_state.pt").exists() else [])]
     print("+", shlex.join(sys.argv), flush=True)
-    train.main()
-
     device = sample.pick_device(train.DEVICE)
-    dit = sample.load_model(out).to(device).eval()
     images, labels, _ = train.load_dataset()
     val = train.held_out(labels)
+    seen = torch.arange(len(labels))[~val][:: max(1, (~val).sum() // val.sum().clamp_min(1))]
+    record_loss_on(images[seen].to(device), labels[seen].to(device), out / "train-curve.txt")
+    train.main()
+
+    dit = sample.load_model(out).to(device).eval()
     data = images[val].to(device), labels[val].to(device)
     losses = [train.validation_loss(dit, *data, times=(t,)) for t in train.EVAL_T]
     with open(out / "log.csv") as file:
@@ -368,11 +429,10 @@ def train_row(row, flags, real, stage):
     row |= {"parameters": sum(w.numel() for w in dit.parameters()), "images": steps * batch}
     row |= {"gflop_image": f"{flops / 1e9:.4f}", "minutes": f"{float(log[-1]['seconds']) / 60:.2f}"}
     row |= {name: f"{loss:.5f}" for name, loss in zip(T, losses)}
-    # Pairs of TFLOP and mean held-out loss.
-    row["curve"] = " ".join(
-        f"{int(line['step']) * batch * flops / 1e12:.3g}:{float(line['val_loss']):.4f}"
-        for line in log
-    )
+    spent = [f"{int(line['step']) * batch * flops / 1e12:.3g}" for line in log]
+    curve = [f"{float(line['val_loss']):.4f}" for line in log]
+    row["curve"] = " ".join(map(":".join, zip(spent, curve)))
+    row["train_curve"] = (out / "train-curve.txt").read_text().strip()
     if real is not None:
         row |= score(dit, torch.load(real), stage)
     write_row(row, flags.output)
@@ -386,14 +446,14 @@ def score(dit, real, stage):
         pictures = torch.cat(list(sample.generate(dit, classes, 0, stage["steps"], scale)))
         return features(F.interpolate(pictures.float(), SIZE, mode="bicubic").clamp(0, 255))
 
-    scales = stage.get("guidance", GUIDANCE)
-    if len(scales) > 1:
-        kids = {scale: kernel_distance(samples(5, scale), real) for scale in scales}
+    (scale, *others) = stage["guidance"]
+    if others:
+        kids = {w: kernel_distance(samples(stage["search"], w), real) for w in stage["guidance"]}
         print("kernel distance by guidance:", kids, flush=True)
-        scales = sorted(scales, key=kids.get)
-    seen = samples(stage["samples"], scales[0])
+        scale = min(kids, key=kids.get)
+    seen = samples(stage["samples"], scale)
     kid, frechet = kernel_distance(seen, real), frechet_distance(seen, real)
-    return {"guidance": scales[0], "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
+    return {"guidance": scale, "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
 
 
 def read_rows(folder):
@@ -448,13 +508,7 @@ def write_table(stage, folder):
 
 def draw_curves(stage, folder):
     """ablations-<stage>.png: mean held-out loss against training FLOPs, a line a row."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("matplotlib is missing: pip install matplotlib") from error
-    matplotlib.use("Agg")  # draws without a screen
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     rows = [row for row in read_rows(folder) if row["stage"] == stage and row["seed"] == "0"]
     rows.sort(key=lambda row: -float(row["curve"].split(":")[-1]))
@@ -487,25 +541,28 @@ def parse_flags():
     add("--table", action="store_true", help="train nothing: only write the table and the plot")
     flags = parser.parse_args()
     for name in flags.only or []:
-        if name not in VARIANTS:
-            raise UserError(f'--only "{name}" is none of: {", ".join(VARIANTS)}')
+        if name not in STAGES[flags.stage]["rows"]:
+            raise UserError(f'--only "{name}" is none of: {", ".join(STAGES[flags.stage]["rows"])}')
     return flags
 
 
 def main():
     flags = parse_flags()
+    pyplot()  # if it is missing, now is the time to say so
     stage = STAGES[flags.stage]
-    seeds, tflop = flags.seeds or stage["seeds"], flags.tflop or stage["tflop"]
-    rows = [] if flags.table else [(v, s) for v in flags.only or VARIANTS for s in seeds]
-    known = {
-        (r["stage"], r["size"], r["variant"], r["seed"], r["tflop"])
-        for r in read_rows(flags.output)
-    }
+    rows = [
+        (variant, str(seed), f"{tflop:g}")
+        for variant in flags.only or stage["rows"]
+        for tflop in ([flags.tflop] if flags.tflop else stage["rows"][variant])
+        for seed in flags.seeds or stage["seeds"]
+        if not flags.table
+    ]
+    keys = ("stage", "size", "variant", "seed", "tflop")
+    known = {tuple(row[key] for key in keys) for row in read_rows(flags.output)}
     real = None
-    for variant, seed in rows:
-        row = {"stage": flags.stage, "size": flags.size, "variant": variant, "seed": seed}
-        row["tflop"] = tflop
-        if tuple(map(str, row.values())) in known:
+    for values in rows:
+        row = dict(zip(keys, (flags.stage, flags.size, *values)))
+        if tuple(row.values()) in known:
             continue
         flags.runs.mkdir(parents=True, exist_ok=True)
         if flags.held_out and real is None:
@@ -517,7 +574,7 @@ def main():
         process.start()
         process.join()
         if process.exitcode:
-            raise UserError(f'"{variant}" ended with status {process.exitcode}: see above')
+            raise UserError(f'"{row["variant"]}" ended with status {process.exitcode}: see above')
     write_table(flags.stage, flags.output)
     draw_curves(flags.stage, flags.output)
 

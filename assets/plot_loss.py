@@ -6,7 +6,21 @@ training and the validation loss against steps. Needs matplotlib, which nothing 
 
 import argparse
 import csv
+import sys
 from pathlib import Path
+
+
+def pyplot():
+    """matplotlib's drawing functions, which need no screen; without matplotlib, one line and 2."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("error: matplotlib is missing: pip install matplotlib", file=sys.stderr)
+        sys.exit(2)
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def main():
@@ -23,13 +37,7 @@ def main():
         parser.error(f"{args.run / 'log.csv'} is not the log of a run: {error!r}")
     if not rows:
         parser.error(f"{args.run / 'log.csv'} has no row yet: wait for the first EVAL_EVERY steps")
-    try:
-        import matplotlib
-    except ImportError:
-        parser.error("matplotlib is missing: pip install matplotlib")
-    matplotlib.use("Agg")  # draws without a screen
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(steps, losses["train_loss"], label="training")
     axes.plot(steps, losses["val_loss"], label="held-out pictures, averaged weights")

@@ -26,7 +26,7 @@ def first_losses(monkeypatch, variant):
             (torch.optim, "AdamW"),
         ):
             patch.setattr(owner, name, getattr(owner, name))
-        settings, change = ablations.VARIANTS[variant]
+        settings, change = ablations.ALL[variant]
         for name in train.SETTINGS:
             patch.setattr(train, name, getattr(train, name))
         train.apply_settings(SMALLER)
@@ -57,8 +57,22 @@ def test_every_variant_that_is_code_trains_and_differs(monkeypatch, variant):
     assert first_losses(monkeypatch, "default") == default  # and leaves nothing behind
 
 
+def test_training_on_few_pictures_keeps_those_held_out(monkeypatch):
+    labels = torch.arange(3).repeat_interleave(45)
+    images = torch.arange(135).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    monkeypatch.setattr(train, "load_dataset", lambda: (images, labels, ["a", "b", "c"]))
+    monkeypatch.setattr(train, "held_out", train.held_out)
+    held_out = images[train.held_out(labels)]
+    ablations.few_pictures(10)
+    images, labels, _ = train.load_dataset()
+    val = train.held_out(labels)
+    assert torch.equal(images[val], held_out)
+    assert torch.bincount(labels[~val]).tolist() == [10, 10, 10]
+    assert images[~val, 0, 0, 0].tolist()[:3] == [1, 2, 3]  # 0 is held out
+
+
 def test_every_constant_of_a_variant_is_a_setting():
-    for settings, _ in (*ablations.VARIANTS.values(), (ablations.SMALL, None)):
+    for settings, _ in (*ablations.ALL.values(), (ablations.SMALL, None)):
         assert set(settings) <= set(train.SETTINGS)
 
 
@@ -70,15 +84,16 @@ def rows(folder):
 def test_rows_are_equal_in_compute_and_run_once(pictures, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("efficientnet_lite_pytorch")
-    command = ["assets/ablations.py", "screening", "--tflop", 0.25, "--dataset", pictures]
+    command = ["assets/ablations.py", "screening", "--tflop", 0.2, "--dataset", pictures]
     command += ["--output", tmp_path, "--runs", tmp_path / "runs", "--held-out", pictures]
     call(*command, "--only", "default", "width 96", cwd=tmp_path)
     default, narrow = rows(tmp_path)
     assert [default["variant"], narrow["variant"]] == ["default", "width 96"]
     for row in (default, narrow):
         spent = int(row["images"]) * float(row["gflop_image"]) / 1000
-        assert spent == pytest.approx(0.25, rel=0.05)  # whole steps
+        assert spent == pytest.approx(0.2, rel=0.05)  # whole steps
         assert all(float(row[name]) > 0 for name in (*ablations.T, "kid", "frechet", "minutes"))
+        assert len(row["train_curve"].split()) == len(row["curve"].split())
         last = row["curve"].split()[-1].split(":")
         assert float(last[0]) == pytest.approx(spent, rel=0.01)
         mean = sum(float(row[name]) for name in ablations.T) / len(ablations.T)
