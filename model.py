@@ -6,8 +6,7 @@ z_t, t, class -> patchify -> blocks (attention and MLP, steered by t and class) 
 - Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
 - 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); norms without parameters, also for
   queries and keys (Henry et al. 2020, arXiv 2010.04245).
-
-B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
+- B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
 import contextlib
@@ -36,10 +35,8 @@ def modulate(x, shift, scale):
 
 
 def rotary_table(side, head_dim):
-    """Cosines and sines, both (T, D/2), of the angles that tell side x side tokens apart.
-
-    Half turn with the token's row, half with its column: by 1 radian a token down to about 1/100.
-    """
+    """Cosines and sines, both (T, D/2), of the angles that tell side x side tokens apart: half turn
+    with the token's row, half with its column, by 1 radian a token down to about 1/100."""
     frequencies = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
     angles = torch.outer(torch.arange(side), frequencies)  # (side, D/4)
     angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=-1)
@@ -95,23 +92,22 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
     The arguments make up config.json. image_size: pixels a side, a multiple of patch_size; dim:
     width, a multiple of 4 * heads; depth: blocks; class_names: strings, in the order of the ids;
-    prediction: what the network itself predicts, "x" or "v"; dataset: where the pictures are from,
-    for the model card. Raises UserError where the sizes do not fit.
+    dataset: where the pictures are from, for the model card. UserError where sizes do not fit.
     """
 
-    def __init__(
-        self, image_size, patch_size, dim, depth, heads, class_names, prediction="x", dataset=""
-    ):
+    def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):
         super().__init__()
+        self.class_names, self.dataset = [str(name) for name in class_names], dataset
+        self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
+        sizes = (image_size, patch_size, dim, depth, heads)
+        tokens, weights = (image_size / max(1, patch_size)) ** 2, 18 * depth * dim**2
+        if min(sizes) < 1 or depth > 1e3 or tokens > 1e5 or weights > 1e9:  # before they are there
+            raise UserError(f"IMAGE_SIZE, PATCH_SIZE, DIM, DEPTH, HEADS cannot be {sizes}")
         if image_size % patch_size:
             raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
         if dim % (4 * heads):
             raise UserError(f"DIM {dim} is not a multiple of 4 x HEADS, here {4 * heads}")
-        if prediction not in ("x", "v"):
-            raise UserError(f'PREDICTION "{prediction}" is neither "x" nor "v"')
-        self.image_size, self.patch_size, self.prediction = image_size, patch_size, prediction
-        self.class_names, self.dataset = list(class_names), dataset
-        self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
+        self.image_size, self.patch_size = image_size, patch_size
         values = 3 * patch_size**2  # in a patch
         self.patch_embedding = nn.Linear(values, dim)
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -149,8 +145,6 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         # Near t = 0 the picture is all but there: a share of z_t goes past the narrow blocks.
         x = (self.final_layer(x) + self.skip(c)[:, None] * z_t).float()  # (B, T, 3*P*P)
         x = x.view(B, side, side, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
-        if self.prediction == "v":
-            return x
         return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
 
     @classmethod

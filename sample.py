@@ -1,17 +1,18 @@
-"""Sample from a trained nanoDiT: noise flows to pictures, one Euler step after another.
-Prints the path of what it wrote.
+"""Sample from a trained nanoDiT: noise flows to pictures, in Euler steps. Prints where they are.
 
-    python sample.py                               # a picture of every class, in one grid
-    python sample.py --class-id 3                  # four of class 3
-    python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
-    python sample.py --class-id 3 --gif            # and how they came out of the noise
-    python sample.py --num-images 20 --save-images many   # single files, a folder a class
-    python sample.py --checkpoint you/butterflies  # a model from the Hub
+python sample.py                               # a picture of every class, in one grid
+python sample.py --class-id 3                  # four of class 3
+python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
+python sample.py --class-id 3 --gif            # and how they came out of the noise
+python sample.py --num-images 20 --save-images many   # single files, a folder a class
+python sample.py --checkpoint you/butterflies  # a model from the Hub
 """
 
 import argparse
+import contextlib
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -34,7 +35,6 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
 
     z <- z - v / steps   at t = 1, 1 - 1/steps, ..., 1/steps
     v = v_null + w (v_class - v_null)   with w = cfg_scale: Ho & Salimans 2022, arXiv 2207.12598
-
     model: a callable (z, t, y) -> v with num_classes; class_ids: (B,) int64; noise: (B,3,S,S).
     Returns x (B,3,S,S), not clamped. The network runs on 2B pictures a step; at w = 1 on B.
     """
@@ -55,9 +55,8 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
 
 
 def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, **kwargs):
-    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), b <= MAX_BATCH at a time, on the CPU.
-
-    The noise is drawn on the CPU: a seed means the same picture on every device."""
+    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), b <= MAX_BATCH at a time, on the CPU,
+    where the noise is drawn too: a seed means the same picture on every device."""
     device, size = next(model.parameters()).device, model.image_size
     generator = torch.Generator().manual_seed(seed)
     for y in class_ids.split(MAX_BATCH):
@@ -99,17 +98,24 @@ def write_beside(path, write):
     beside.replace(path)
 
 
+@contextlib.contextmanager
+def blamed_on(what):
+    """Whatever goes wrong within becomes a UserError, which names `what` and says why in a line."""
+    try:
+        yield
+    except Exception as error:  # files and libraries have many ways to be wrong
+        raise UserError(f"{what}: {str(error)[:200] or type(error).__name__}") from error
+
+
 def load_model(checkpoint):
     """The model in a folder such as out/, or of a Hub id such as you/name; UserError if none."""
     if Path(checkpoint).is_dir() or "/" not in checkpoint:
         if not Path(checkpoint, "config.json").is_file():
             raise UserError(
-                f"no model in {checkpoint}; `python train.py --preset laptop` makes out"
+                f"no model in {checkpoint}: `python train.py --preset laptop` makes out"
             )
-    try:
+    with blamed_on(f"no model to be had from {checkpoint}"):
         return DiT.from_pretrained(checkpoint)
-    except Exception as error:  # files and the Hub's library have many ways to be wrong
-        raise UserError(f"no model to be had from {checkpoint}: {str(error)[:200]}") from error
 
 
 def find_class(names, wanted):
@@ -136,9 +142,9 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        hint = "lower BATCH_SIZE, or raise ACCUMULATE: " * isinstance(error, torch.OutOfMemoryError)
+        print(f"{Path(sys.argv[0]).name}: error:", *f"{hint}{error}".split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -184,13 +190,15 @@ def main():
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output} is not the name of a .png file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    files = [(names[y], f"{n % each}.png") for n, y in enumerate(class_ids.tolist())]
+    # As folders, names keep letters, digits and little else: a model from elsewhere may say ../..
+    safe = [re.sub(r"[^\w ,.()&'+-]|^\.", "_", name)[:60] for name in names]
+    folders = [a if a == b != "" else f"{a}-{i}" for i, (a, b) in enumerate(zip(safe, names))]
+    files = [(folders[y], f"{n % each}.png") for n, y in enumerate(class_ids.tolist())]
     files = [Path(flags.save_images, *file) for file in files] if flags.save_images else []
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             raise UserError(f"{file} is there already: give --save-images a new folder")
-
     pictures, passed = [], []  # passed: the states on the way, of one batch after another
     record = (lambda z: passed.append(to_uint8(z))) if flags.gif else (lambda z: None)
     batches = generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record=record)

@@ -5,8 +5,8 @@
     python train.py --dataset my_pictures      # a folder that holds a folder of pictures a class
     python train.py --resume                   # go on with the run in out/, whatever stopped it
 
-Every constant below is a flag, as in --dim 256 --out-dir wide.
-out/ receives config.json, model.safetensors, train_state.pt (for --resume), log.csv and samples/.
+Every constant below is a flag, as in --dim 256 --out-dir wide. out/ receives config.json,
+model.safetensors, train_state.pt (for --resume), log.csv and samples/.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import shutil
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -47,11 +49,11 @@ PATCH_SIZE = 4  # pixels a side; half of it costs four times the compute
 DIM = 384  # width; a multiple of 4 x HEADS
 DEPTH = 12  # blocks
 HEADS = 6  # attention heads
-PREDICTION = "x"  # what the network predicts inside: the picture "x" or the velocity "v"
 # optimizer
 STEPS = 10000  # optimizer steps of the whole run
 BATCH_SIZE = 256  # pictures a step
 LEARNING_RATE = 1e-3  # of AdamW, at its highest
+ACCUMULATE = 1  # parts of a batch, one after another: the same gradient in less memory
 GRAD_CLIP = 1.0  # largest norm of the gradient
 LABEL_DROP = 0.1  # pictures seen without their class: what guidance needs
 EMA_DECAY = 0.999  # memory of the averaged weights, from which samples are drawn
@@ -67,24 +69,16 @@ DEVICE = "auto"  # auto is cuda, else mps, else cpu
 COMPILE = 1  # torch.compile on CUDA, where it pays; 0 for never
 
 # --preset laptop: the drawn butterflies, a network that two CPU cores train in three minutes
-LAPTOP = {
-    "DATASET": "drawn",
-    "PATCH_SIZE": 8,
-    "DIM": 96,
-    "DEPTH": 6,
-    "HEADS": 3,
-    "STEPS": 2400,
-    "BATCH_SIZE": 16,
-    "LEARNING_RATE": 3e-3,
-    "EMA_DECAY": 0.998,
-}
+LAPTOP = {"DATASET": "drawn", "PATCH_SIZE": 8, "DIM": 96, "DEPTH": 6, "HEADS": 3, "STEPS": 2400}
+LAPTOP |= {"BATCH_SIZE": 16, "LEARNING_RATE": 3e-3, "EMA_DECAY": 0.998}
 
 # name -> comment of every constant above; each is a flag, and kept in train_state.pt
 SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
 SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SETTINGS, re.M))
-MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "PREDICTION")
+MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
 RUN_FILES = ("config.json", "model.safetensors", "train_state.pt")
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # skip what would fill the memory
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the validation loss is the mean over these t
 LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait for the GPU
 
@@ -93,7 +87,6 @@ def rectified_flow_loss(model, x, y, t, noise):
     """Mean squared error of the velocity on the line from data to noise: a scalar.
 
     z_t = (1-t) x + t eps,   v = dz_t/dt = eps - x,   loss = |model(z_t, t, y) - v|^2
-
     x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003.
     """
     t_ = t[:, None, None, None]
@@ -135,10 +128,8 @@ def random_batch(images, labels, num_classes, step):
 
 def load_images(folder, image_size):
     """Read a folder of class folders: uint8 (N,3,S,S), int64 labels (N,), [class names, sorted].
-
     Pictures directly in it are one class, named like it. What is hidden, or by its name no picture,
-    is passed over; what cannot be read is named on stderr. UserError where a class has no pictures.
-    """
+    is passed over; what cannot be read is named on stderr; a class of none is a UserError."""
     folder = Path(folder)
     classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
     if loose := find_pictures(folder, "*"):
@@ -187,11 +178,9 @@ def load_dataset():
         return draw_butterflies(images_per_class=54, image_size=IMAGE_SIZE, seed=0)
     folder = DATASET
     if not Path(folder).is_dir():
-        try:  # into the Hub's own cache
-            folder = snapshot_download(DATASET, repo_type="dataset")
-        except Exception as error:  # the Hub's library has many ways to say no
-            why = f"{DATASET} is no folder, and not had from the Hub: {str(error).splitlines()[0]}"
-            raise UserError(f"{why}; try --preset laptop, or --dataset FOLDER") from error
+        ways_on = "try --preset laptop, or --dataset FOLDER"
+        with sample.blamed_on(f"{DATASET} is no folder, nor to be had from the Hub; {ways_on}"):
+            folder = snapshot_download(DATASET, repo_type="dataset")  # into the Hub's own cache
     return load_images(folder, IMAGE_SIZE)
 
 
@@ -220,10 +209,11 @@ def save_checkpoint(ema, state):
     """Write beside, then rename; the state last, for it alone decides where --resume goes on."""
     beside = Path(OUT_DIR, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
-    ema.save_pretrained(beside)
-    torch.save(state, beside / "train_state.pt")
-    for name in RUN_FILES:
-        (beside / name).replace(Path(OUT_DIR, name))
+    with sample.blamed_on(f"cannot write to {OUT_DIR}, whose last checkpoint stays"):
+        ema.save_pretrained(beside)
+        torch.save(state, beside / "train_state.pt")
+        for name in RUN_FILES:
+            (beside / name).replace(Path(OUT_DIR, name))
     shutil.rmtree(beside)
 
 
@@ -253,7 +243,7 @@ def apply_settings(settings):
     """Make the settings the constants of this module; UserError names one that cannot be."""
     for name, value in settings.items():
         lowest = {"SEED": 0, "COMPILE": 0, "T_MEAN": -100}.get(name, isinstance(value, int))
-        if not isinstance(value, str) and not lowest <= value < math.inf:
+        if not isinstance(value, str) and not lowest <= value < 1e38:
             raise UserError(f"{name} cannot be {value}: {int(lowest)} is the lowest")
     globals().update(settings)
 
@@ -263,12 +253,16 @@ def load_state(settings, flags):
     path = Path(OUT_DIR, "train_state.pt")
     if not path.is_file():
         raise UserError(f"--resume: there is no {path}: leave --resume away, or name --out-dir")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with sample.blamed_on(f"{path} is damaged, or no state of a run"):
+        if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+            raise UserError(f"the checksum of {record} is another")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        kept = {name: state["settings"][name] for name in SETTINGS}
     for name in (*MODEL_SETTINGS, "SEED"):
-        was, wanted = state["settings"][name], settings.get(name, state["settings"][name])
+        was, wanted = kept[name], settings.get(name, kept[name])
         if was != wanted:
             raise UserError(f"--resume: {name} is {was} in {OUT_DIR} and cannot become {wanted}")
-    apply_settings({**state["settings"], "OUT_DIR": OUT_DIR, **flags})
+    apply_settings({**kept, "OUT_DIR": OUT_DIR, **flags})
     return state
 
 
@@ -325,12 +319,13 @@ def main():
     if state:
         if class_names != state["class_names"]:
             raise UserError(f"--resume: {DATASET} has other classes than the run in {out}")
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        groups = optimizer.state_dict()["param_groups"]  # these with the constants of today
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        now = {name: state[name] for name in now}
-        now["losses"] = [loss.to(device) for loss in now["losses"]]
+        with sample.blamed_on(f"{out / 'train_state.pt'} is of another version of this code"):
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            groups = optimizer.state_dict()["param_groups"]  # these with the constants of today
+            optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+            now = {name: state[name] for name in now}
+            now["losses"] = [loss.to(device) for loss in now["losses"]]
     row_step, row_time = now["step"], time.perf_counter()
     started = row_time - now["seconds"]
 
@@ -353,46 +348,49 @@ def main():
     caught = []  # signals; the step under way is ended first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
-    bar = tqdm(total=STEPS * BATCH_SIZE, unit="img", unit_scale=True, mininterval=0.5)
-    bar.initial = bar.n = now["step"] * BATCH_SIZE
-    for step in range(now["step"] + 1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step)
-        x, y, t, noise = random_batch(*data, model.num_classes, step)
-        with sample.autocast(device):
-            loss = rectified_flow_loss(model, x, y, t, noise)
-        loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, step)
-        now["step"] = step
-        now["losses"].append(loss.detach())
-        bar.update(BATCH_SIZE)
-        intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
-        evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
-        if evaluate or show or save or look or caught:
-            train_loss = torch.stack(now["losses"]).mean().item()
-            if not math.isfinite(train_loss + gradient_norm.item()):
-                bar.close()
-                why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
-                raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
-            bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
-        if evaluate:
-            rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
-            val_loss = validation_loss(ema, *val_data)
-            row_step, row_time = step, time.perf_counter()
-            row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-            now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
-            write_log()
-            bar.write(f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}")
-            now["losses"] = []
-        if show:
-            save_grid(ema, step)
-        if save or caught:
-            checkpoint()
-        if caught:
-            break
-    bar.close()
+    options = {"unit": "img", "unit_scale": True, "initial": now["step"] * BATCH_SIZE}
+    with tqdm(total=STEPS * BATCH_SIZE, mininterval=0.5, **options) as bar:
+        for step in range(now["step"] + 1, STEPS + 1):
+            optimizer.param_groups[0]["lr"] = learning_rate_at(step)
+            batch = random_batch(*data, model.num_classes, step)
+            losses = []
+            for x, y, t, noise in zip(*(tensor.chunk(ACCUMULATE) for tensor in batch)):
+                with sample.autocast(device):
+                    loss = rectified_flow_loss(model, x, y, t, noise) * (len(x) / BATCH_SIZE)
+                loss.backward()
+                losses.append(loss.detach())
+            gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_ema(ema, model, step)
+            now["step"] = step
+            now["losses"].append(sum(losses))
+            bar.update(BATCH_SIZE)
+            intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
+            evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
+            if evaluate or show or save or look or caught:
+                train_loss = torch.stack(now["losses"]).mean().item()
+                if not math.isfinite(train_loss + gradient_norm.item()):
+                    why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
+                    raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
+                bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
+            if evaluate:
+                rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
+                val_loss = validation_loss(ema, *val_data)
+                row_step, row_time = step, time.perf_counter()
+                row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
+                now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
+                write_log()
+                bar.write(
+                    f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}"
+                )
+                now["losses"] = []
+            if show:
+                save_grid(ema, step)
+            if save or caught:
+                checkpoint()
+            if caught:
+                break
     if caught:
         print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
         sys.exit(128 + caught[0])

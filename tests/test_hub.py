@@ -15,13 +15,13 @@ from model import DiT, UserError
 
 def make(names=("a", "ß ü", "蝶 / ..")):
     torch.manual_seed(3)
-    model = DiT(16, 4, 16, 1, 2, list(names), prediction="v", dataset="my pictures")
+    model = DiT(16, 4, 16, 1, 2, list(names), dataset="my pictures")
     torch.nn.init.normal_(model.final_layer.weight)
     return model
 
 
 def assert_equal(a, b):
-    assert a.class_names == b.class_names and a.prediction == b.prediction
+    assert a.class_names == b.class_names and a.image_size == b.image_size
     assert a.state_dict().keys() == b.state_dict().keys()
     assert all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
     z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pictures, tmp_path)
         assert path.read_bytes() == content, path
 
 
-@pytest.mark.parametrize("n, extra", [(4, []), (1, []), (3, ["--prediction", "v"])])
+@pytest.mark.parametrize("n, extra", [(4, []), (1, []), (3, ["--flip-share", 0])])
 def test_every_size_runs(tmp_path, n, extra):
     folder = tmp_path / "few"
     folder.mkdir()

@@ -1,0 +1,304 @@
+"""What goes wrong around a run, provoked for real: nothing is lost, one line says what to do."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import SMALL, call, refused, start
+from fuzz import fuzz
+from PIL import Image
+from test_train import assert_same_run, rows, state
+
+from model import DiT, UserError
+from sample import load_model
+
+KILLS = int(os.environ.get("NANODIT_KILLS", 4))  # the long form: 20
+
+
+def begun(process):
+    """Wait until a run has said its size: from there on it trains and writes."""
+    for line in process.stdout:
+        if "M parameters" in line:
+            return
+
+
+def test_killed_at_any_instant_a_run_ends_as_if_it_never_was(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 600, "--batch-size", 4]
+    settings += ["--eval-every", 3, "--sample-every", 5, "--checkpoint-every", 1]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    call("train.py", *settings, cwd=tmp_path / "whole")
+    out = tmp_path / "broken" / "out"
+    instants = random.Random(0)
+    for _ in range(KILLS):
+        resume = ["--resume"] if (out / "train_state.pt").exists() else []
+        process = start("train.py", *(resume or settings), cwd=tmp_path / "broken")
+        begun(process)
+        time.sleep(instants.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if (out / "train_state.pt").exists():
+            DiT.from_pretrained(out)  # whole at every instant, as sample.py needs it
+            state(out)
+    call("train.py", "--resume", cwd=tmp_path / "broken")
+    assert_same_run(tmp_path / "whole" / "out", out)
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in (tmp_path / "whole" / "out").iterdir()
+    }
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copied(trained, tmp_path):
+    return shutil.copytree(trained / "out", tmp_path / "out")
+
+
+def limited(kilobytes, *arguments, cwd, **extra):
+    """Start `python train.py arguments...` where no file may grow beyond so many kilobytes."""
+    words = f'ulimit -f {kilobytes}; trap \'\' XFSZ; exec "$0" "$@"'
+    return start("train.py", *arguments, cwd=cwd, shell=words, **extra)
+
+
+@pytest.mark.parametrize("kilobytes", [4, 200])
+def test_a_full_disk_leaves_the_last_checkpoint(trained, tmp_path, kilobytes):
+    # 4 kB stop model.safetensors, 200 kB only train_state.pt.
+    out = copied(trained, tmp_path)
+    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "train_state.pt")}
+    sizes = [len(content) for content in before.values()]
+    assert sizes[0] > 4096 and sizes[0] < 200 * 1024 < sizes[1]
+    process = limited(kilobytes, "--resume", "--steps", 40, cwd=tmp_path)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "cannot write to out" in err.splitlines()[-1]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    call("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+    assert state(out)["step"] == 40
+
+
+def test_a_folder_that_vanishes_under_the_run_is_one_line(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 100000, "--batch-size", 4]
+    process = start("train.py", *settings, "--eval-every", 5, cwd=tmp_path)
+    begun(process)
+    time.sleep(1)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "out" in err.splitlines()[-1]
+    DiT.from_pretrained(tmp_path / "moved")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(pictures, tmp_path):
+    line = refused("train.py", *SMALL, "--dataset", pictures, "--out-dir", "/proc/x", cwd=tmp_path)
+    assert "/proc/x" in line
+    (tmp_path / "file").write_text("mine")
+    line = refused("train.py", *SMALL, "--dataset", pictures, "--out-dir", "file", cwd=tmp_path)
+    assert "file" in line and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_state_is_named(trained, tmp_path, keep):
+    path = copied(trained, tmp_path) / "train_state.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "train_state.pt" in line and "damaged" in line
+
+
+def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
+    path = copied(trained, tmp_path) / "train_state.pt"
+    content = bytearray(path.read_bytes())
+    weights = state(path.parent)["ema"]["blocks.0.mlp.0.weight"].numpy().tobytes()
+    content[content.index(weights) + 100] ^= 64
+    path.write_bytes(content)
+    assert "damaged" in refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], {"settings": {}, "step": 1}, "words"])
+def test_a_foreign_state_is_named(trained, tmp_path, content):
+    out = copied(trained, tmp_path)
+    torch.save(content, out / "train_state.pt")
+    line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "train_state.pt" in line
+
+
+class Bomb:
+    """Unpickled by an unsafe reader, it leaves a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_a_pickle_that_would_run_code_does_not(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    torch.save({"settings": Bomb()}, out / "train_state.pt")
+    refused("train.py", "--resume", cwd=tmp_path)
+    (out / "train_state.pt").write_bytes(pickle.dumps(Bomb()))
+    refused("train.py", "--resume", cwd=tmp_path)
+    (out / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    refused("sample.py", cwd=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": ["a", "b"]},
+        {"image_size": 16, "patch_size": 8},
+        {"depth": 2},
+        {"dim": 32},
+        {"dim": "16"},
+        {"class_names": None},
+        {"image_size": 15},
+        {"depth": -1},
+    ],
+)
+def test_a_config_of_another_model_is_named(trained, tmp_path, change):
+    out = copied(trained, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **change}))
+    line = refused("sample.py", "--checkpoint", out, cwd=tmp_path)
+    assert str(out) in line and len(line) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dim": 1_000_000, "heads": 1},
+        {"depth": 100_000_000},
+        {"image_size": 4_000_000},
+        {"patch_size": 1_000_000, "image_size": 1_000_000},
+    ],
+)
+def test_absurd_sizes_are_refused_before_they_fill_the_memory(trained, tmp_path, change):
+    resource = pytest.importorskip("resource")
+    out = copied(trained, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **change}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        load_model(out)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+def test_class_names_cannot_write_outside_the_folder(tmp_path):
+    long = "n" * 300
+    names = ["../../up", "/etc/x", "..", "a/b", "a_b", "tab\tnew\nline", long, "蝶" * 100, "زرقاء"]
+    names += ["", "Dr. Who, A&B (x)"]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    torch.manual_seed(0)
+    DiT(16, 4, 16, 1, 2, names).save_pretrained(tmp_path / "deep" / "er" / "model")
+    flags = ["--checkpoint", "model", "--save-images", "many", "--steps", 1, "--output", "g.png"]
+    call("sample.py", *flags, cwd=tmp_path / "deep" / "er")
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    folders = {path.name for path in (tmp_path / "deep" / "er" / "many").iterdir()}
+    assert len(folders) == len(names) and {"a_b", "زرقاء", "Dr. Who, A&B (x)"} <= folders
+    assert all(len(list((tmp_path / "deep/er/many" / name).iterdir())) == 1 for name in folders)
+
+
+def test_strange_pictures_train_or_are_named_once(tmp_path):
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    for n in range(4):
+        Image.new("RGB", (20, 20), (50 * n, 0, 90)).save(folder / f"{n}.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "one-pixel.png")
+    Image.new("RGB", (20000, 10), "red").save(folder / "long.jpg")
+    Image.new("RGB", (10, 20000), "red").save(folder / "tall.png")
+    frames = [Image.new("RGB", (20, 20), c) for c in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
+    Image.new("I;16", (20, 20), 30000).save(folder / "deep.png")
+    Image.new("CMYK", (20, 20)).save(folder / "print.jpg")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    # A bomb: a few kilobytes that would become gigabytes. 12,000 x 12,000 black pixels in one bit.
+    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
+    (folder / "loop").symlink_to(folder)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    flags = ["--dataset", tmp_path / "pictures", "--steps", 2, "--batch-size", 4]
+    out, err = call("train.py", *SMALL, *flags, cwd=tmp_path)
+    assert "1 classes, 11 pictures" in out
+    (line,) = [line for line in err.splitlines() if "skipped" in line]
+    assert "skipped 3 pictures" in line
+    assert all(line.count(name) == 1 for name in ("text.jpg", "empty.png", "bomb.png"))
+    assert "Warning" not in err
+
+
+def test_many_broken_pictures_do_not_flood_the_screen(tmp_path):
+    folder = tmp_path / "pictures" / "class"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(folder / "good.png")
+    for n in range(500):
+        (folder / f"{n}.jpg").write_text("no")
+    flags = ["--dataset", tmp_path / "pictures", "--steps", 1, "--batch-size", 4]
+    _, err = call("train.py", *SMALL, *flags, cwd=tmp_path)
+    assert "skipped 500 pictures" in err and err.count(".jpg") == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_a_folder_without_permission_is_named(tmp_path):
+    for name in ("open", "closed"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / name / "1.png")
+    (tmp_path / "pictures" / "closed").chmod(0)
+    try:
+        line = refused("train.py", *SMALL, "--dataset", tmp_path / "pictures", cwd=tmp_path)
+        assert "closed" in line
+    finally:
+        (tmp_path / "pictures" / "closed").chmod(0o700)
+
+
+def test_ten_thousand_classes_and_names_in_any_script(tmp_path):
+    for n in range(10_000):
+        (tmp_path / "p" / f"{n:05} 蝶 فراشة").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (n % 256, n // 256, 0)).save(
+            tmp_path / "p" / f"{n:05} 蝶 فراشة" / "1.png"
+        )
+    flags = ["--dataset", tmp_path / "p", "--steps", 2, "--batch-size", 4, "--sample-every", 2]
+    out, _ = call("train.py", *SMALL, *flags, cwd=tmp_path)
+    assert "10000 classes, 10000 pictures, 0 of them held out" in out
+    out, _ = call("sample.py", "--class-name", "00042 蝶 فراشة", "--steps", 1, cwd=tmp_path)
+    with Image.open(tmp_path / out.strip()) as image:
+        assert image.size == (4 * 18 + 2, 18 + 2)
+
+
+def test_a_loss_that_turns_nan_stops_within_a_log_interval(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--batch-size", 4, "--steps", 1000]
+    absurd = ["--learning-rate", 1e30, "--warmup-steps", 1, "--checkpoint-every", 1]
+    _, err = call("train.py", *settings, *absurd, cwd=tmp_path, status=2)
+    line = err.strip().splitlines()[-1]
+    assert "LEARNING_RATE" in line and "lower" in line
+    stopped = int(line.split("at step ")[1].split(";")[0])
+    assert stopped <= 10
+    kept = state(tmp_path / "out")
+    assert kept["step"] < stopped
+    assert all(weight.isfinite().all() for weight in kept["model"].values())
+
+
+def test_what_may_change_on_resume_does(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    more = ["--steps", 34, "--learning-rate", 3e-4, "--eval-every", 2, "--checkpoint-every", 3]
+    call("train.py", "--resume", *more, cwd=tmp_path)
+    assert [row["step"] for row in rows(out)] == ["10", "20", "30", "32", "34"]
+    settings = state(out)["settings"]
+    assert settings["LEARNING_RATE"] == 3e-4 and settings["STEPS"] == 34
+
+
+def test_a_failed_command_changes_no_file(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    before = files(out)
+    refused("train.py", cwd=tmp_path)
+    refused("train.py", "--resume", "--steps", 40, "--image-size", 32, cwd=tmp_path)
+    refused("sample.py", "--class-id", 99, cwd=tmp_path)
+    assert files(out) == before
+
+
+def test_mutated_files_end_in_no_traceback():
+    assert fuzz(count=8, seed=1000) == []
