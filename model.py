@@ -116,8 +116,9 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final_layer = nn.Linear(dim, values)
         self.skip = nn.Linear(dim, values)
+        # Saved too, so that weights do not load into a network of another IMAGE_SIZE or HEADS.
         rotary = torch.stack(rotary_table(image_size // patch_size, dim // heads))
-        self.register_buffer("rotary", rotary, persistent=False)
+        self.register_buffer("rotary", rotary)
         self.initialize()
 
     def initialize(self):

@@ -114,7 +114,7 @@ def load_model(checkpoint):
             raise UserError(
                 f"no model in {checkpoint}: `python train.py --preset laptop` makes out"
             )
-    with blamed_on(f"no model to be had from {checkpoint}"):
+    with blamed_on(f"no model from {checkpoint}, its config.json and model.safetensors"):
         return DiT.from_pretrained(checkpoint)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from test_train import assert_same_run, rows, state
 
 from model import DiT, UserError
-from sample import load_model
+from sample import load_model, run
 
 KILLS = int(os.environ.get("NANODIT_KILLS", 4))  # the long form: 20
 
@@ -152,6 +152,8 @@ def test_a_pickle_that_would_run_code_does_not(trained, tmp_path):
     [
         {"class_names": ["a", "b"]},
         {"image_size": 16, "patch_size": 8},
+        {"image_size": 32},
+        {"heads": 4},
         {"depth": 2},
         {"dim": 32},
         {"dim": "16"},
@@ -165,7 +167,7 @@ def test_a_config_of_another_model_is_named(trained, tmp_path, change):
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **change}))
     line = refused("sample.py", "--checkpoint", out, cwd=tmp_path)
-    assert str(out) in line and len(line) < 500
+    assert str(out) in line and "config.json" in line and len(line) < 500
 
 
 @pytest.mark.parametrize(
@@ -302,3 +304,23 @@ def test_a_failed_command_changes_no_file(trained, tmp_path):
 
 def test_mutated_files_end_in_no_traceback():
     assert fuzz(count=8, seed=1000) == []
+
+
+def test_out_of_memory_names_what_to_set(capsys):
+    def main():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has more."
+        )
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "BATCH_SIZE" in line and "ACCUMULATE" in line and "9 GiB" in line
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_batch_too_large_for_the_gpu_is_one_line(pictures, tmp_path):
+    settings = ["--dataset", pictures, "--batch-size", 10_000_000, "--device", "cuda"]
+    _, err = call("train.py", *settings, "--dim", 1536, cwd=tmp_path, status=2)
+    assert "BATCH_SIZE" in err.splitlines()[-1]

@@ -192,10 +192,22 @@ def test_every_size_runs(tmp_path, n, extra):
     assert DiT.from_pretrained(tmp_path / "out").class_names == ["few"]
 
 
+def test_parts_of_a_batch_add_up_to_its_gradient(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--steps", 20, "--batch-size", 6]
+    for parts in (1, 3, 4):  # four parts of six pictures are three of two
+        run = ["--accumulate", parts, "--out-dir", f"out{parts}"]
+        call("train.py", *settings, *run, cwd=tmp_path)
+    whole, *others = (state(tmp_path / f"out{parts}")["model"] for parts in (1, 3, 4))
+    for other in others:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "flags, name",
     [
         (["--steps", "0"], "STEPS"),
+        (["--accumulate", "0"], "ACCUMULATE"),
         (["--batch-size", "0"], "BATCH_SIZE"),
         (["--learning-rate", "-1"], "LEARNING_RATE"),
         (["--learning-rate", "nan"], "LEARNING_RATE"),
