@@ -175,7 +175,9 @@ def test_a_config_of_another_model_is_named(trained, tmp_path, change):
     [
         {"dim": 1_000_000, "heads": 1},
         {"depth": 100_000_000},
+        {"depth": 20_000},
         {"image_size": 4_000_000},
+        {"image_size": 8_000},
         {"patch_size": 1_000_000, "image_size": 1_000_000},
     ],
 )
