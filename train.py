@@ -243,7 +243,7 @@ def apply_settings(settings):
     """Make the settings the constants of this module; UserError names one that cannot be."""
     for name, value in settings.items():
         lowest = {"SEED": 0, "COMPILE": 0, "T_MEAN": -100}.get(name, isinstance(value, int))
-        if not isinstance(value, str) and not lowest <= value < 1e38:
+        if not isinstance(value, str) and not lowest <= value < 3e38:
             raise UserError(f"{name} cannot be {value}: {int(lowest)} is the lowest")
     globals().update(settings)
 

@@ -29,8 +29,8 @@ def begun(process):
 
 
 def test_killed_at_any_instant_a_run_ends_as_if_it_never_was(pictures, tmp_path):
-    settings = [*SMALL, "--dataset", pictures, "--steps", 600, "--batch-size", 4]
-    settings += ["--eval-every", 3, "--sample-every", 5, "--checkpoint-every", 1]
+    settings = [*SMALL, "--dataset", pictures, "--steps", 100 * KILLS, "--batch-size", 4]
+    settings += ["--eval-every", 3, "--sample-every", 25, "--checkpoint-every", 1]
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     call("train.py", *settings, cwd=tmp_path / "whole")
@@ -40,12 +40,13 @@ def test_killed_at_any_instant_a_run_ends_as_if_it_never_was(pictures, tmp_path)
         resume = ["--resume"] if (out / "train_state.pt").exists() else []
         process = start("train.py", *(resume or settings), cwd=tmp_path / "broken")
         begun(process)
-        time.sleep(instants.uniform(0, 1.5))
+        time.sleep(instants.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if (out / "train_state.pt").exists():
             DiT.from_pretrained(out)  # whole at every instant, as sample.py needs it
             state(out)
+    assert state(out)["step"] < 100 * KILLS  # every kill met a run
     call("train.py", "--resume", cwd=tmp_path / "broken")
     assert_same_run(tmp_path / "whole" / "out", out)
     assert {path.name for path in out.iterdir()} == {
