@@ -355,7 +355,7 @@ STAGES = {
         "guidance": [2.0],
     },
     "finalists": {
-        "rows": {variant: [90] for variant in ("default", "t mean 0.4", "seed recipe, patch 8")},
+        "rows": {variant: [90] for variant in ("default", "t mean 0.4", "v predicted")},
         "seeds": [0, 1, 2],
         "samples": 14,
         "steps": 25,
@@ -416,7 +416,7 @@ def train_row(row, flags, real, stage):
         change()
     train.apply_settings({**settings, "DATASET": flags.dataset})
     flops, batch = flops_per_image(), train.BATCH_SIZE
-    steps = max(10, round(float(row["tflop"]) * 1e12 / (flops * batch)))
+    steps = max(1, round(float(row["tflop"]) * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
     length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']}"
     out = flags.runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"

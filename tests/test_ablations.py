@@ -85,20 +85,20 @@ def rows(folder):
 def test_rows_are_equal_in_compute_and_run_once(pictures, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("efficientnet_lite_pytorch")
-    command = ["assets/ablations.py", "screening", "--tflop", 0.2, "--dataset", pictures]
+    command = ["assets/ablations.py", "screening", "--tflop", 0.06, "--dataset", pictures]
     command += ["--output", tmp_path, "--runs", tmp_path / "runs", "--held-out", pictures]
     call(*command, "--only", "default", "width 96", cwd=tmp_path)
     default, narrow = rows(tmp_path)
     assert [default["variant"], narrow["variant"]] == ["default", "width 96"]
     for row in (default, narrow):
         spent = int(row["images"]) * float(row["gflop_image"]) / 1000
-        assert spent == pytest.approx(0.2, rel=0.05)  # whole steps
+        assert spent == pytest.approx(0.06, rel=0.08)  # whole steps
         assert all(float(row[name]) > 0 for name in (*ablations.T, "kid", "frechet", "minutes"))
         assert len(row["train_curve"].split()) == len(row["curve"].split())
         last = row["curve"].split()[-1].split(":")
         assert float(last[0]) == pytest.approx(spent, rel=0.01)
         mean = sum(float(row[name]) for name in ablations.T) / len(ablations.T)
-        assert float(last[1]) == pytest.approx(mean, rel=0.05)  # other noise, same pictures
+        assert float(last[1]) == pytest.approx(mean, rel=0.15)  # other noise, same pictures
     assert int(narrow["images"]) > 1.2 * int(default["images"])
     table = (tmp_path / "ablations-screening.md").read_text()
     assert "| default |" in table and "| width 96 |" in table

@@ -15,6 +15,7 @@ from fuzz import fuzz
 from PIL import Image
 from test_train import assert_same_run, rows, state
 
+import train
 from model import DiT, UserError
 from sample import load_model, run
 
@@ -104,13 +105,16 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(pictures, t
     assert "file" in line and (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
-def test_a_truncated_state_is_named(trained, tmp_path, keep):
+def test_a_truncated_state_is_named(trained, tmp_path, monkeypatch):
     path = copied(trained, tmp_path) / "train_state.pt"
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
+    monkeypatch.setattr(train, "OUT_DIR", str(path.parent))
+    for keep in (0, len(content) // 3, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(UserError, match="train_state.pt is damaged"):
+            train.load_state({}, {})
     line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
-    assert "train_state.pt" in line and "damaged" in line
+    assert "train_state.pt is damaged" in line
 
 
 def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
@@ -123,11 +127,11 @@ def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], {"settings": {}, "step": 1}, "words"])
-def test_a_foreign_state_is_named(trained, tmp_path, content):
-    out = copied(trained, tmp_path)
-    torch.save(content, out / "train_state.pt")
-    line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
-    assert "train_state.pt" in line
+def test_a_foreign_state_is_named(tmp_path, monkeypatch, content):
+    torch.save(content, tmp_path / "train_state.pt")
+    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="train_state.pt is damaged, or no state of a run"):
+        train.load_state({}, {})
 
 
 class Bomb:
@@ -167,8 +171,18 @@ def test_a_config_of_another_model_is_named(trained, tmp_path, change):
     out = copied(trained, tmp_path)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **change}))
-    line = refused("sample.py", "--checkpoint", out, cwd=tmp_path)
+    with pytest.raises(UserError) as error:
+        load_model(out)
+    line = str(error.value)
     assert str(out) in line and "config.json" in line and len(line) < 500
+
+
+def test_weights_of_another_model_are_one_line(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    DiT(16, 4, 32, 1, 2, ["a", "b", "c"]).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", out)
+    line = refused("sample.py", "--checkpoint", "out", cwd=tmp_path)
+    assert "model.safetensors" in line and "size mismatch" in line and "[2, 16, 8]" in line
 
 
 @pytest.mark.parametrize(
