@@ -257,7 +257,8 @@ def load_state(settings, flags):
         if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
             raise UserError(f"the checksum of {record} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kept = {name: state["settings"][name] for name in SETTINGS}
+        started_with, _ = state["settings"], int(state["step"])
+        kept = {name: started_with.get(name, globals()[name]) for name in SETTINGS}
     for name in (*MODEL_SETTINGS, "SEED"):
         was, wanted = kept[name], settings.get(name, kept[name])
         if was != wanted:
@@ -317,9 +318,9 @@ def main():
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0, fused=True)
     now = {"step": 0, "seconds": 0.0, "log": [LOG_HEADER], "losses": []}  # since the last row
     if state:
-        if class_names != state["class_names"]:
-            raise UserError(f"--resume: {DATASET} has other classes than the run in {out}")
-        with sample.blamed_on(f"{out / 'train_state.pt'} is of another version of this code"):
+        with sample.blamed_on(f"{out / 'train_state.pt'} does not fit"):
+            if class_names != state["class_names"]:
+                raise UserError(f"{DATASET} has other classes than the run in {out}")
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             groups = optimizer.state_dict()["param_groups"]  # these with the constants of today
