@@ -257,8 +257,8 @@ def load_state(settings, flags):
         if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
             raise UserError(f"the checksum of {record} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        started_with, _ = state["settings"], int(state["step"])
-        kept = {name: started_with.get(name, globals()[name]) for name in SETTINGS}
+        kept, _ = state["settings"], state["step"]  # KeyError now, not later
+        kept = {name: kept.get(name, globals()[name]) for name in SETTINGS}
     for name in (*MODEL_SETTINGS, "SEED"):
         was, wanted = kept[name], settings.get(name, kept[name])
         if was != wanted:
