@@ -4,7 +4,7 @@
     python assets/ablations.py finalists --dataset butterflies --held-out butterflies-held-out
     python assets/ablations.py screening --only "no flips" "v predicted" ...
     python assets/ablations.py screening --size default ...      # train.py's own network: a GPU
-    python assets/ablations.py --table                           # only the table and the plot
+    python assets/ablations.py screening --table                 # only the table and the plot
 
 Each variant is the recipe of train.py with one thing changed: a constant where it is one, else a
 few lines below. Every row of a stage trains for the same number of floating-point operations,
@@ -256,7 +256,7 @@ class Muon(torch.optim.AdamW):
     arXiv 2502.16982)."""
 
     def __init__(self, weights, **options):
-        self.matrices = [w for w in weights if getattr(w, "in_block", False)]
+        self.matrices = [w for w in weights if hasattr(w, "in_block")]
         self.momentum = [torch.zeros_like(w) for w in self.matrices]
         super().__init__([w for w in weights if not hasattr(w, "in_block")], **options)
 
@@ -346,6 +346,13 @@ HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
 
 # stage -> its rows, variants with the TFLOP they train for; random seeds; samples a class, and
 # their steps. The guidance scale is the best of `guidance`, found with `search` samples a class.
+LONG_ROWS = {
+    "seeds": [0],
+    "samples": 14,
+    "steps": 25,
+    "guidance": [1.5, 2.0, 3.0, 4.0],
+    "search": 5,
+}
 STAGES = {
     "screening": {
         "rows": {variant: [12] for variant in VARIANTS},
@@ -355,32 +362,20 @@ STAGES = {
         "guidance": [2.0],
     },
     "finalists": {
+        **LONG_ROWS,
         "rows": {variant: [90] for variant in ("default", "t mean 0.4", "v predicted")},
         "seeds": [0, 1, 2],
-        "samples": 14,
-        "steps": 25,
-        "guidance": [1.5, 2.0, 3.0, 4.0],
-        "search": 5,
     },
     "head-to-head": {
+        **LONG_ROWS,
         "rows": {
             "32x32: seed recipe, patch 2": [160, 320, 640],
             "32x32: default": [8, 16, 32, 64],
         },
-        "seeds": [0],
-        "samples": 14,
-        "steps": 25,
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
-    "long": {
-        "rows": {"default": [360], "ten pictures a class": [180]},
-        "seeds": [0],
-        "samples": 14,
-        "steps": 25,
-        "guidance": [1.5, 2.0, 3.0, 4.0],
-        "search": 5,
-    },
+    "long": {**LONG_ROWS, "rows": {"default": [360], "ten pictures a class": [180]}},
 }
 ALL = {**VARIANTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
@@ -414,6 +409,7 @@ def train_row(row, flags, real, stage):
     settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": int(row["seed"])}
     if change:
         change()
+    train.load_dataset = functools.cache(train.load_dataset)  # read here and again by train.main
     train.apply_settings({**settings, "DATASET": flags.dataset})
     flops, batch = flops_per_image(), train.BATCH_SIZE
     steps = max(1, round(float(row["tflop"]) * 1e12 / (flops * batch)))
@@ -433,7 +429,7 @@ def train_row(row, flags, real, stage):
     record_loss_on(images[seen].to(device), labels[seen].to(device), out / "train-curve.txt")
     train.main()
 
-    dit = sample.load_model(out).to(device).eval()
+    dit = sample.load_model(out).to(device)
     data = images[val].to(device), labels[val].to(device)
     losses = [train.validation_loss(dit, *data, times=(t,)) for t in train.EVAL_T]
     with open(out / "log.csv") as file:
@@ -478,7 +474,6 @@ def read_rows(folder):
 
 def write_row(row, folder):
     """Add a row to ablations.csv, by renaming a whole file."""
-
     rows = [*read_rows(folder), row]
 
     def write(path):

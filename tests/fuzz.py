@@ -27,7 +27,7 @@ KINDS = ("picture.png", "picture.jpg", "config.json", "train_state.pt")
 
 
 def mutated(content, generator):
-    """The bytes with one to four changes somewhere; in text, digits and letters come often."""
+    """The bytes with one to four changes somewhere; nines come often, to make numbers large."""
     content = bytearray(content)
     for _ in range(generator.randint(1, 4)):
         at = generator.randrange(len(content) + 1)
