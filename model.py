@@ -103,10 +103,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         tokens, weights = (image_size / max(1, patch_size)) ** 2, 18 * depth * dim**2
         if min(sizes) < 1 or depth > 1e3 or tokens > 1e5 or weights > 1e9:  # before they are there
             raise UserError(f"IMAGE_SIZE, PATCH_SIZE, DIM, DEPTH, HEADS cannot be {sizes}")
-        if image_size % patch_size:
-            raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
-        if dim % (4 * heads):
-            raise UserError(f"DIM {dim} is not a multiple of 4 x HEADS, here {4 * heads}")
+        if image_size % patch_size or dim % (4 * heads):
+            raise UserError(
+                f"IMAGE_SIZE {sizes[0]} % PATCH_SIZE and DIM {dim} % (4 x HEADS) must be 0"
+            )
         self.image_size, self.patch_size = image_size, patch_size
         values = 3 * patch_size**2  # in a patch
         self.patch_embedding = nn.Linear(values, dim)
@@ -159,14 +159,13 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write."""
         millions = sum(p.numel() for p in self.parameters()) / 1e6
-        return ModelCard(MODEL_CARD.format(m=self, millions=millions, blocks=len(self.blocks)))
+        return ModelCard(MODEL_CARD.format(m=self, millions=millions))
 
 
 MODEL_CARD = """---
 {{library_name: nanodit, license: mit, tags: [rectified-flow, dit]}}
 ---
-A class-conditional diffusion transformer on pixels, trained with nanoDiT as a rectified flow.
-- Dataset: {m.dataset}, {m.num_classes} classes, {m.image_size}x{m.image_size} pixels
-- Size: {millions:.2f} M parameters, {blocks} blocks, patches of {m.patch_size}x{m.patch_size}
-- To sample: `python sample.py --checkpoint <this repository's id> --class-id 0` in nanoDiT
+A class-conditional diffusion transformer on pixels, {millions:.2f} M parameters, trained by nanoDiT
+on {m.dataset}: {m.num_classes} classes, {m.image_size}x{m.image_size} pixels. To sample from it:
+`python sample.py --checkpoint <this repository's id> --class-id 0`
 """

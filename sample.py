@@ -111,9 +111,7 @@ def load_model(checkpoint):
     """The model in a folder such as out/, or of a Hub id such as you/name; UserError if none."""
     if Path(checkpoint).is_dir() or "/" not in checkpoint:
         if not Path(checkpoint, "config.json").is_file():
-            raise UserError(
-                f"no model in {checkpoint}: `python train.py --preset laptop` makes out"
-            )
+            raise UserError(f"no model in {checkpoint}: `python train.py` makes one, in out")
     with blamed_on(f"no model from {checkpoint}, its config.json and model.safetensors"):
         return DiT.from_pretrained(checkpoint)
 
@@ -180,9 +178,8 @@ def main():
         return
     chosen = flags.class_id or [find_class(names, name) for name in flags.class_name or []]
     chosen = list(dict.fromkeys(chosen))  # a class named twice is one row
-    for i in chosen:
-        if not 0 <= i < len(names):
-            raise UserError(f"--class-id {i} is not from 0 to {len(names) - 1} (--list-classes)")
+    if wrong := [i for i in chosen if not 0 <= i < len(names)]:
+        raise UserError(f"--class-id {wrong[0]} is not from 0 to {len(names) - 1} (--list-classes)")
     each = flags.num_images or (4 if chosen else 1)
     class_ids = torch.tensor(chosen or range(len(names))).repeat_interleave(each)
     name = f"class-{'-'.join(map(str, chosen[:8])) or 'all'}-seed-{flags.seed}.png"
@@ -202,12 +199,11 @@ def main():
     pictures, passed = [], []  # passed: the states on the way, of one batch after another
     record = (lambda z: passed.append(to_uint8(z))) if flags.gif else (lambda z: None)
     batches = generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record=record)
-    with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
-        for picture in (p for batch in batches for p in batch):
-            if files:
-                to_pil_image(picture).save(files[len(pictures)])
-            pictures.append(picture)
-            bar.update()
+    options = {"total": len(class_ids), "unit": "picture", "disable": len(class_ids) <= MAX_BATCH}
+    for picture in tqdm((picture for batch in batches for picture in batch), **options):
+        if files:
+            to_pil_image(picture).save(files[len(pictures)])
+        pictures.append(picture)
     columns = each if chosen or each > 1 else None  # a row a class, or a block of single pictures
     grid = to_grid(torch.stack(pictures), columns)
     write_beside(output, lambda beside: grid.save(beside, "PNG"))

@@ -4,6 +4,7 @@
     python train.py                            # photographs from the Hub, sized for one large GPU
     python train.py --dataset my_pictures      # a folder that holds a folder of pictures a class
     python train.py --resume                   # go on with the run in out/, whatever stopped it
+    torchrun --nproc_per_node=8 train.py       # the same training, on eight GPUs
 
 Every constant below is a flag, as in --dim 256 --out-dir wide. out/ receives config.json,
 model.safetensors, train_state.pt (for --resume), log.csv and samples/.
@@ -12,6 +13,7 @@ model.safetensors, train_state.pt (for --resume), log.csv and samples/.
 import argparse
 import copy
 import math
+import os
 import re
 import shutil
 import signal
@@ -22,9 +24,11 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
@@ -51,7 +55,7 @@ DEPTH = 12  # blocks
 HEADS = 6  # attention heads
 # optimizer
 STEPS = 10000  # optimizer steps of the whole run
-BATCH_SIZE = 256  # pictures a step
+BATCH_SIZE = 256  # pictures a step, of all GPUs together
 LEARNING_RATE = 1e-3  # of AdamW, at its highest
 ACCUMULATE = 1  # parts of a batch, one after another: the same gradient in less memory
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -173,14 +177,13 @@ def read_picture(path, image_size):
 
 
 def load_dataset():
-    """What DATASET names, as load_images returns it."""
+    """What DATASET names, as load_images returns it. The Hub's go into the Hub's own cache."""
     if DATASET == "drawn":
         return draw_butterflies(images_per_class=54, image_size=IMAGE_SIZE, seed=0)
-    folder = DATASET
-    if not Path(folder).is_dir():
-        ways_on = "try --preset laptop, or --dataset FOLDER"
-        with sample.blamed_on(f"{DATASET} is no folder, nor to be had from the Hub; {ways_on}"):
-            folder = snapshot_download(DATASET, repo_type="dataset")  # into the Hub's own cache
+    if Path(DATASET).is_dir():
+        return load_images(DATASET, IMAGE_SIZE)
+    with sample.blamed_on(f"no data at {DATASET}; try --preset laptop, or --dataset FOLDER"):
+        folder = snapshot_download(DATASET, repo_type="dataset")
     return load_images(folder, IMAGE_SIZE)
 
 
@@ -203,6 +206,15 @@ def update_ema(ema, model, step):
     """Average over about 1 / (1 - EMA_DECAY) steps; early on over fewer, or it stays grey."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def peak_memory(device):
+    """The most that this process ever held, in GiB: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda" or os.name == "nt":  # Windows keeps no such record
+        return torch.cuda.max_memory_allocated() / 2**30
+    from resource import RUSAGE_SELF, getrusage
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def save_checkpoint(ema, state):
@@ -273,13 +285,12 @@ def new_model(class_names):
     return DiT(class_names=class_names, dataset=dataset, **sizes)
 
 
-def seconds_per_picture(device, n):
-    """What training costs: n pictures go forward and backward through a new network."""
-    with torch.device(device):
-        model, x, t = new_model(["any"]), torch.zeros(n, 3, IMAGE_SIZE, IMAGE_SIZE), torch.ones(n)
-        start = time.perf_counter()
-        rectified_flow_loss(model, x, torch.zeros(n, dtype=torch.long), t, x).backward()
-    return (time.perf_counter() - start) / n
+def flops_per_image():
+    """What training costs: operations of one picture's way forward and backward, counted."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes, no numbers
+        x, y = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, dtype=torch.long)
+        rectified_flow_loss(new_model(["any"]), x, y, torch.ones(1), x).backward()
+    return counter.get_total_flops()
 
 
 def main():
@@ -291,17 +302,24 @@ def main():
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
         return
-    holds_run = any((out / name).exists() for name in RUN_FILES)
-    if holds_run and not (state or "overwrite" in options):
+    may_write = state or "overwrite" in options
+    if not may_write and any((out / name).exists() for name in RUN_FILES):
         raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
     device = sample.pick_device(DEVICE)
-    with FlopCounterMode(display=False) as counter:
-        seconds_per_picture("meta", 1)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > BATCH_SIZE:
+        raise UserError(f"BATCH_SIZE {BATCH_SIZE} is less than a picture for each of {world} GPUs")
+    if world > 1:  # started by torchrun
+        with sample.blamed_on(f"process {rank} of {world} cannot start"):
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+    if rank > 0:  # the first process alone speaks and writes; errors are for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    flops = flops_per_image()
     if device.type == "cpu":
-        n = max(1, 1024 * PATCH_SIZE**2 // IMAGE_SIZE**2)  # 1024 tokens keep a CPU busy
-        minutes = min(seconds_per_picture("cpu", n) for _ in range(3)) * BATCH_SIZE * STEPS / 60
-        hint = "; --preset laptop takes about three" if minutes > 30 else ""
-        print(f"about {minutes:,.0f} minutes on this CPU{hint}", flush=True)
+        minutes = flops * BATCH_SIZE * STEPS / 7e10 / 60
+        print(f"about {minutes:,.0f} minutes on two CPU cores; --preset laptop takes about three")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     images, labels, class_names = load_dataset()
     val = held_out(labels)
@@ -312,9 +330,9 @@ def main():
     model = new_model(class_names).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     weights = list(model.parameters())
-    millions, gflop = sum(w.numel() for w in weights) / 1e6, counter.get_total_flops() / 1e9
+    millions = sum(w.numel() for w in weights) / 1e6
     print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
-    print(f"{millions:.2f} M parameters, {gflop:.2f} GFLOP an image, {device}", flush=True)
+    print(f"{millions:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, {device}", flush=True)
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0, fused=True)
     now = {"step": 0, "seconds": 0.0, "log": [LOG_HEADER], "losses": []}  # since the last row
     if state:
@@ -323,57 +341,68 @@ def main():
                 raise UserError(f"{DATASET} has other classes than the run in {out}")
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
-            groups = optimizer.state_dict()["param_groups"]  # these with the constants of today
-            optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+            optimizer.load_state_dict(state["optimizer"])
             now = {name: state[name] for name in now}
             now["losses"] = [loss.to(device) for loss in now["losses"]]
-    row_step, row_time = now["step"], time.perf_counter()
+    row_step, row_time, first_step = now["step"], time.perf_counter(), now["step"] + 1
     started = row_time - now["seconds"]
 
     def write_log():
-        sample.write_beside(out / "log.csv", lambda file: file.write_text("".join(now["log"])))
+        if rank == 0:
+            sample.write_beside(out / "log.csv", lambda file: file.write_text("".join(now["log"])))
 
     def checkpoint():
         now["seconds"] = time.perf_counter() - started
-        state = {**now, "class_names": class_names, "optimizer": optimizer.state_dict()["state"]}
+        state = {**now, "class_names": class_names, "optimizer": optimizer.state_dict()}
         state |= {"model": model.state_dict(), "ema": ema.state_dict()}
         save_checkpoint(ema, {**state, "settings": {name: globals()[name] for name in SETTINGS}})
 
-    if not state:
+    if COMPILE and device.type == "cuda":
+        model.compile()  # in place, so that the weights keep their names
+    # Processes meet here: before the first one writes to OUT_DIR, all have read what was there.
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    if rank == 0 and not state:
         for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
             old.unlink()
         checkpoint()  # from here on --resume works
     write_log()
-    if COMPILE and device.type == "cuda":
-        model.compile()  # in place, so that the weights keep their names
     caught = []  # signals; the step under way is ended first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
     options = {"unit": "img", "unit_scale": True, "initial": now["step"] * BATCH_SIZE}
+    options |= {"smoothing": 0, "disable": rank > 0}  # 0: the time left follows the whole run
     with tqdm(total=STEPS * BATCH_SIZE, mininterval=0.5, **options) as bar:
-        for step in range(now["step"] + 1, STEPS + 1):
+        for step in range(first_step, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
             batch = random_batch(*data, model.num_classes, step)
-            losses = []
-            for x, y, t, noise in zip(*(tensor.chunk(ACCUMULATE) for tensor in batch)):
+            batch = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
+            loss = torch.zeros((), device=device)
+            for x, y, t, noise in zip(*batch):
+                parallel.require_backward_grad_sync = x is batch[0][-1]  # once a step is enough
                 with sample.autocast(device):
-                    loss = rectified_flow_loss(model, x, y, t, noise) * (len(x) / BATCH_SIZE)
-                loss.backward()
-                losses.append(loss.detach())
+                    part = rectified_flow_loss(parallel, x, y, t, noise) * (len(x) / BATCH_SIZE)
+                (part * world).backward()  # of the gradients, processes take the mean
+                loss += part.detach()
             gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
             optimizer.step()
             optimizer.zero_grad()
             update_ema(ema, model, step)
             now["step"] = step
-            now["losses"].append(sum(losses))
+            stop = torch.tensor(len(caught))
+            if world > 1:
+                dist.all_reduce(loss)  # the sum over all processes
+                dist.all_reduce(stop)  # a signal to one stops all, after the same step
+            now["losses"].append(loss)
+            if step == first_step:  # takes long, where it compiles: the time left looks past it
+                bar.unpause()
             bar.update(BATCH_SIZE)
             intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
             evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
-            if evaluate or show or save or look or caught:
+            if evaluate or show or save or look or stop:
                 train_loss = torch.stack(now["losses"]).mean().item()
                 if not math.isfinite(train_loss + gradient_norm.item()):
-                    why = f"the loss is not finite at step {step}; {out} keeps its last checkpoint"
-                    raise UserError(f"{why}: lower LEARNING_RATE, now {LEARNING_RATE}")
+                    hint = f"lower LEARNING_RATE {LEARNING_RATE}; {out} keeps its last checkpoint"
+                    raise UserError(f"the loss is not finite at step {step}: {hint}")
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
             if evaluate:
                 rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
@@ -382,20 +411,21 @@ def main():
                 row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
                 now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
                 write_log()
-                bar.write(
-                    f"step {step}: loss {train_loss:.4f}, on held-out pictures {val_loss:.4f}"
-                )
+                bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
                 now["losses"] = []
-            if show:
+            if show and rank == 0:
                 save_grid(ema, step)
-            if save or caught:
+            if (save or stop) and rank == 0:
                 checkpoint()
-            if caught:
+            if stop:
                 break
-    if caught:
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
         print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
-        sys.exit(128 + caught[0])
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])
     print(f"trained in {now['seconds'] / 60:.1f} minutes: see {out / 'samples'}")
+    print(f"at most {peak_memory(device):.2f} GiB of memory")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model as network  # noqa: E402
@@ -383,13 +382,6 @@ COLUMNS = ["stage", "size", "variant", "seed", "tflop", "parameters", "gflop_ima
 COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve", "train_curve"]
 
 
-def flops_per_image():
-    """Of one picture forward and backward, as train.py counts them."""
-    with FlopCounterMode(display=False) as counter:
-        train.seconds_per_picture("meta", 1)
-    return counter.get_total_flops()
-
-
 def record_loss_on(images, labels, path):
     """Whenever train.py takes the held-out loss, note the same loss on pictures trained on."""
     validation_loss = train.validation_loss
@@ -411,7 +403,7 @@ def train_row(row, flags, real, stage):
         change()
     train.load_dataset = functools.cache(train.load_dataset)  # read here and again by train.main
     train.apply_settings({**settings, "DATASET": flags.dataset})
-    flops, batch = flops_per_image(), train.BATCH_SIZE
+    flops, batch = train.flops_per_image(), train.BATCH_SIZE
     steps = max(1, round(float(row["tflop"]) * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
     length = "" if train.DECAY_SHARE == 0 else f"-{row['tflop']}"

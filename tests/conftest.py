@@ -21,9 +21,12 @@ def environment(**extra):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **extra}
 
 
-def start(script, *arguments, cwd, shell=None, **extra):
-    """Start `python script arguments...` in the folder cwd, or the words of a shell before it."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+def start(script, *arguments, cwd, shell=None, processes=0, **extra):
+    """Start `python script arguments...` in the folder cwd, or the words of a shell before it, or
+    torchrun with so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *torchrun[: 4 * bool(processes)], str(ROOT / script)]
+    command += map(str, arguments)
     command = ["bash", "-c", shell, *command] if shell else command
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=cwd, env=environment(**extra), text=True, **pipes)
