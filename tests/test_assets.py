@@ -64,3 +64,29 @@ def test_the_environment_is_described_by_three_requirements():
     names = {line.split(">")[0].split("=")[0] for line in lines}
     assert names == {"torch", "torchvision", "huggingface_hub[torch]"}
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_speed_says_what_a_step_costs(tmp_path):
+    run = [*SMALL, "--batch-size", 4]
+    out, _ = call("assets/speed.py", *run, cwd=tmp_path)
+    for word in ("M parameters", "GFLOP an image", "img/s", "PFLOP", "times ours", "peak memory"):
+        assert word in out
+    parts = ("data", "forward", "backward", "optimizer", "EMA")
+    shares = [float(re.search(rf"{part} .* ([\d.]+)%", out)[1]) for part in parts]
+    assert sum(shares) == pytest.approx(100, abs=0.3) and min(shares) > 0
+    (parameters,) = re.findall(r"([\d.]+) M parameters", out)
+    model = DiT(16, 4, 16, 1, 2, [str(i) for i in range(75)])
+    assert float(parameters) == round(sum(w.numel() for w in model.parameters()) / 1e6, 2)
+
+
+def test_memory_kept_for_the_way_back_is_counted_once():
+    """A chain of two layers keeps its input and its middle: 4 bytes a number."""
+    first, second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+    model = torch.nn.Module()
+    model.first, model.second = first, second
+    model.forward = lambda z, t, y: second(first(z))
+    z, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
+    noise = torch.ones(2, 3, 8, 8)
+    counted = activation_bytes(model, (z, None, t, noise))
+    kept = [2 * 3 * 8 * 8, 2 * 3 * 8 * 16, 2 * 3 * 8 * 8, 2 * 3 * 8 * 8]  # z_t, middle, out, v
+    assert counted == 4 * sum(kept)
