@@ -4,8 +4,7 @@ z_t, t, class -> patchify -> blocks (attention and MLP, steered by t and class) 
 
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
 - Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); norms without parameters, also for
-  queries and keys (Henry et al. 2020, arXiv 2010.04245).
+- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); QK-norm (Henry et al. 2020, 2010.04245).
 - B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
@@ -90,9 +89,8 @@ def waves(t):
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
-    The arguments make up config.json. image_size: pixels a side, a multiple of patch_size; dim:
-    width, a multiple of 4 * heads; depth: blocks; class_names: strings, in the order of the ids;
-    dataset: where the pictures are from, for the model card. UserError where sizes do not fit.
+    Arguments are config.json. image_size: pixels a side, a multiple of patch_size; dim: width, a
+    multiple of 4 * heads, or UserError; class_names: in the order of ids; dataset: its name.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):

@@ -6,8 +6,7 @@
     python train.py --resume                   # go on with the run in out/, whatever stopped it
     torchrun --nproc_per_node=8 train.py       # the same training, on eight GPUs
 
-Every constant below is a flag, as in --dim 256 --out-dir wide. out/ receives config.json,
-model.safetensors, train_state.pt (for --resume), log.csv and samples/.
+Every constant below is a flag, as in --dim 256 --out-dir wide. All that a run writes is in out/.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -81,8 +79,7 @@ SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
 SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SETTINGS, re.M))
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
-RUN_FILES = ("config.json", "model.safetensors", "train_state.pt")
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # skip what would fill the memory
+RUN_FILES = ("config.json", "model.safetensors", "log.csv", "train_state.pt")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the validation loss is the mean over these t
 LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait for the GPU
 
@@ -131,9 +128,8 @@ def random_batch(images, labels, num_classes, step):
 
 
 def load_images(folder, image_size):
-    """Read a folder of class folders: uint8 (N,3,S,S), int64 labels (N,), [class names, sorted].
-    Pictures directly in it are one class, named like it. What is hidden, or by its name no picture,
-    is passed over; what cannot be read is named on stderr; a class of none is a UserError."""
+    """A folder of class folders -> uint8 (N,3,S,S), int64 labels (N,), [class names, sorted]. Loose
+    pictures are a class, hidden ones none; broken ones are named; UserError if a class has none."""
     folder = Path(folder)
     classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
     if loose := find_pictures(folder, "*"):
@@ -170,8 +166,7 @@ def read_picture(path, image_size):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            size = (image_size, image_size)
-            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
+            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
     except Exception:  # a broken file can raise nearly anything
         return None
 
@@ -208,21 +203,16 @@ def update_ema(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def peak_memory(device):
-    """The most that this process ever held, in GiB: of the GPU's memory, or of the machine's."""
-    if device.type == "cuda" or os.name == "nt":  # Windows keeps no such record
-        return torch.cuda.max_memory_allocated() / 2**30
-    from resource import RUSAGE_SELF, getrusage
-
-    return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def save_checkpoint(ema, state):
+def save_checkpoint(model, ema, optimizer, now):
     """Write beside, then rename; the state last, for it alone decides where --resume goes on."""
+    state = {**now, "model": model.state_dict(), "ema": ema.state_dict()}
+    state |= {"optimizer": optimizer.state_dict(), "class_names": model.class_names}
+    state |= {"settings": {name: globals()[name] for name in SETTINGS}}
     beside = Path(OUT_DIR, ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     with sample.blamed_on(f"cannot write to {OUT_DIR}, whose last checkpoint stays"):
         ema.save_pretrained(beside)
+        (beside / "log.csv").write_text("".join(now["log"]))
         torch.save(state, beside / "train_state.pt")
         for name in RUN_FILES:
             (beside / name).replace(Path(OUT_DIR, name))
@@ -263,9 +253,7 @@ def apply_settings(settings):
 def load_state(settings, flags):
     """The state of the run in OUT_DIR; its settings become the constants, but for the flags."""
     path = Path(OUT_DIR, "train_state.pt")
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path}: leave --resume away, or name --out-dir")
-    with sample.blamed_on(f"{path} is damaged, or no state of a run"):
+    with sample.blamed_on(f"--resume: {path} is missing, damaged, or no state of a run"):
         if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
             raise UserError(f"the checksum of {record} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -346,17 +334,6 @@ def main():
             now["losses"] = [loss.to(device) for loss in now["losses"]]
     row_step, row_time, first_step = now["step"], time.perf_counter(), now["step"] + 1
     started = row_time - now["seconds"]
-
-    def write_log():
-        if rank == 0:
-            sample.write_beside(out / "log.csv", lambda file: file.write_text("".join(now["log"])))
-
-    def checkpoint():
-        now["seconds"] = time.perf_counter() - started
-        state = {**now, "class_names": class_names, "optimizer": optimizer.state_dict()}
-        state |= {"model": model.state_dict(), "ema": ema.state_dict()}
-        save_checkpoint(ema, {**state, "settings": {name: globals()[name] for name in SETTINGS}})
-
     if COMPILE and device.type == "cuda":
         model.compile()  # in place, so that the weights keep their names
     # Processes meet here: before the first one writes to OUT_DIR, all have read what was there.
@@ -364,8 +341,7 @@ def main():
     if rank == 0 and not state:
         for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
             old.unlink()
-        checkpoint()  # from here on --resume works
-    write_log()
+        save_checkpoint(model, ema, optimizer, now)  # from here on --resume works
     caught = []  # signals; the step under way is ended first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -402,7 +378,7 @@ def main():
                 train_loss = torch.stack(now["losses"]).mean().item()
                 if not math.isfinite(train_loss + gradient_norm.item()):
                     hint = f"lower LEARNING_RATE {LEARNING_RATE}; {out} keeps its last checkpoint"
-                    raise UserError(f"the loss is not finite at step {step}: {hint}")
+                    raise UserError(f"the loss is not finite at step {step}; {hint}")
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
             if evaluate:
                 rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
@@ -410,13 +386,17 @@ def main():
                 row_step, row_time = step, time.perf_counter()
                 row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
                 now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
-                write_log()
-                bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
                 now["losses"] = []
-            if show and rank == 0:
+                bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
+            if rank == 0 and evaluate:
+                sample.write_beside(
+                    out / "log.csv", lambda log: log.write_text("".join(now["log"]))
+                )
+            if rank == 0 and show:
                 save_grid(ema, step)
-            if (save or stop) and rank == 0:
-                checkpoint()
+            if rank == 0 and (save or stop):
+                now["seconds"] = time.perf_counter() - started
+                save_checkpoint(model, ema, optimizer, now)
             if stop:
                 break
     if world > 1:
@@ -425,7 +405,13 @@ def main():
         print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
     print(f"trained in {now['seconds'] / 60:.1f} minutes: see {out / 'samples'}")
-    print(f"at most {peak_memory(device):.2f} GiB of memory")
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    if device.type != "cuda" and os.name == "posix":  # Windows keeps no such record
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak /= 2**30 if sys.platform == "darwin" else 2**20
+    print(f"at most {peak:.2f} GiB of memory")
 
 
 if __name__ == "__main__":

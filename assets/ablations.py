@@ -308,6 +308,8 @@ VARIANTS = {
     "seed recipe, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
     "t mean 0.4": ({"T_MEAN": 0.4}, None),
     "patch 4": ({"PATCH_SIZE": 4}, None),
+    "t mean 0.4, no path around the blocks": ({"T_MEAN": 0.4}, no_skip),
+    "t mean 0.4, no QK-norm": ({"T_MEAN": 0.4}, no_qk_norm),
     "t uniform": ({}, uniform_t),
     "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "sin-cos positions": ({}, sin_cos),
@@ -337,6 +339,7 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
+FINALISTS = ["default", "t mean 0.4", "t mean 0.4, no path around the blocks"]
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
@@ -362,7 +365,7 @@ STAGES = {
     },
     "finalists": {
         **LONG_ROWS,
-        "rows": {variant: [90] for variant in ("default", "t mean 0.4", "v predicted")},
+        "rows": {variant: [90] for variant in FINALISTS},
         "seeds": [0, 1, 2],
     },
     "head-to-head": {

@@ -1,14 +1,17 @@
 """The small scripts in assets/, and the promises that the whole project makes."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, call, refused
+from conftest import ROOT, SMALL, call, refused
 from PIL import Image
 
 from assets.draw_butterflies import draw_butterflies
+from assets.speed import activation_bytes
+from model import DiT
 
 
 def test_the_losses_of_a_run_are_drawn(trained, tmp_path):
@@ -69,7 +72,7 @@ def test_the_environment_is_described_by_three_requirements():
 def test_speed_says_what_a_step_costs(tmp_path):
     run = [*SMALL, "--batch-size", 4]
     out, _ = call("assets/speed.py", *run, cwd=tmp_path)
-    for word in ("M parameters", "GFLOP an image", "img/s", "PFLOP", "times ours", "peak memory"):
+    for word in ("M parameters", "GFLOP an image", "img/s", "PFLOP", "times ours", "MiB an image"):
         assert word in out
     parts = ("data", "forward", "backward", "optimizer", "EMA")
     shares = [float(re.search(rf"{part} .* ([\d.]+)%", out)[1]) for part in parts]

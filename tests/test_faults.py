@@ -111,7 +111,7 @@ def test_a_truncated_state_is_named(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "OUT_DIR", str(path.parent))
     for keep in (0, len(content) // 3, len(content) - 1):
         path.write_bytes(content[:keep])
-        with pytest.raises(UserError, match="train_state.pt is damaged"):
+        with pytest.raises(UserError, match="train_state.pt is missing, damaged"):
             train.load_state({}, {})
     line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
     assert "train_state.pt is damaged" in line
@@ -130,7 +130,7 @@ def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
 def test_a_foreign_state_is_named(tmp_path, monkeypatch, content):
     torch.save(content, tmp_path / "train_state.pt")
     monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="train_state.pt is damaged, or no state of a run"):
+    with pytest.raises(UserError, match="train_state.pt is missing, damaged, or no state of a run"):
         train.load_state({}, {})
 
 
@@ -250,8 +250,8 @@ def test_strange_pictures_train_or_are_named_once(tmp_path):
     Image.new("CMYK", (20, 20)).save(folder / "print.jpg")
     (folder / "text.jpg").write_text("not a picture")
     (folder / "empty.png").write_bytes(b"")
-    # A bomb: a few kilobytes that would become gigabytes. 12,000 x 12,000 black pixels in one bit.
-    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
+    # A bomb: a few kilobytes that would become gigabytes. 20,000 x 20,000 black pixels in one bit.
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     (folder / "loop").symlink_to(folder)
     (folder / "loop.png").symlink_to(folder / "loop.png")
     flags = ["--dataset", tmp_path / "pictures", "--steps", 2, "--batch-size", 4]
