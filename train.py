@@ -306,7 +306,7 @@ def main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     flops = flops_per_image()
     if device.type == "cpu":
-        minutes = flops * BATCH_SIZE * STEPS / 7e10 / 60
+        minutes = flops * BATCH_SIZE * STEPS / 1e11 / 60
         print(f"about {minutes:,.0f} minutes on two CPU cores; --preset laptop takes about three")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     images, labels, class_names = load_dataset()
