@@ -438,7 +438,7 @@ def train_row(row, flags, real, stage):
     row["train_curve"] = (out / "train-curve.txt").read_text().strip()
     if real is not None:
         row |= score(dit, torch.load(real), stage)
-    write_row(row, flags.output)
+    write_row(row, flags.output / "ablations.csv", COLUMNS)
 
 
 def score(dit, real, stage):
@@ -459,25 +459,24 @@ def score(dit, real, stage):
     return {"guidance": scale, "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
 
 
-def read_rows(folder):
-    path = folder / "ablations.csv"
+def read_rows(path):
     if not path.exists():
         return []
     with open(path) as file:
         return list(csv.DictReader(file))
 
 
-def write_row(row, folder):
-    """Add a row to ablations.csv, by renaming a whole file."""
-    rows = [*read_rows(folder), row]
+def write_row(row, path, columns):
+    """Add a row to a CSV file, by renaming a whole file."""
+    rows = [*read_rows(path), row]
 
-    def write(path):
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    def write(beside):
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
-    sample.write_beside(folder / "ablations.csv", write)
+    sample.write_beside(path, write)
 
 
 def spread(rows, column, digits):
@@ -492,7 +491,7 @@ def spread(rows, column, digits):
 def write_table(stage, folder):
     """ablations-<stage>.md: a line a variant, best kernel distance first."""
     groups = {}
-    for row in read_rows(folder):
+    for row in read_rows(folder / "ablations.csv"):
         if row["stage"] == stage:
             groups.setdefault((row["variant"], row["size"], row["tflop"]), []).append(row)
     head = ["variant", *(f"t = {t}" for t in train.EVAL_T), "KID", "guidance", "TFLOP", "images"]
@@ -512,7 +511,11 @@ def draw_curves(stage, folder):
     """ablations-<stage>.png: mean held-out loss against training FLOPs, a line a row."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = [row for row in read_rows(folder) if row["stage"] == stage and row["seed"] == "0"]
+    rows = [
+        row
+        for row in read_rows(folder / "ablations.csv")
+        if row["stage"] == stage and row["seed"] == "0"
+    ]
     rows.sort(key=lambda row: -float(row["curve"].split(":")[-1]))
     for i, row in enumerate(rows):
         points = [tuple(map(float, pair.split(":"))) for pair in row["curve"].split()]
@@ -560,7 +563,7 @@ def main():
         if not flags.table
     ]
     keys = ("stage", "size", "variant", "seed", "tflop")
-    known = {tuple(row[key] for key in keys) for row in read_rows(flags.output)}
+    known = {tuple(row[key] for key in keys) for row in read_rows(flags.output / "ablations.csv")}
     real = None
     for values in rows:
         row = dict(zip(keys, (flags.stage, flags.size, *values)))

@@ -1,0 +1,183 @@
+"""How few network evaluations does a picture need? Samples in many ways and scores each.
+
+    python assets/sampling.py out --held-out butterflies-held-out        # photographs
+    python assets/sampling.py out --drawn                                # the laptop model
+    python assets/sampling.py out --drawn --seeds 0 1 2 --samples 14 --only default "150 steps"
+
+Rows differ in steps, guidance scale, the interval of t within which guidance acts (Kynkaanniemi et
+al. 2024, arXiv 2404.07724), the spacing of the steps (shifted as in Esser et al. 2024, arXiv
+2403.03206: above 1 more of them near the noise, below 1 near the data), and in the method: Heun's
+takes the mean of the velocities at both ends of a step, for twice the evaluations. A finished row
+is kept in assets/sampling.csv and not run again; sampling-<model>.md and .png show all of them.
+
+evaluations: how often the network runs for a picture, 2 a step with guidance. kid: kernel distance
+(assets/score.py) of the samples to pictures that were not trained on.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import sample  # noqa: E402
+import train  # noqa: E402
+from assets.ablations import read_rows, write_row  # noqa: E402
+from assets.draw_butterflies import draw_butterflies  # noqa: E402
+from assets.plot_loss import pyplot  # noqa: E402
+from assets.score import SIZE, features, kernel_distance  # noqa: E402
+from model import UserError  # noqa: E402
+
+BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
+ROWS = {
+    "default": {"scale": sample.DEFAULT_CFG_SCALE, "steps": sample.DEFAULT_STEPS},
+    "150 steps, scale 5 (the seed)": {"steps": 150, "scale": 5.0},
+    "150 steps": {"steps": 150},
+    **{f"{n} steps": {"steps": n} for n in (5, 8, 12, 17, 35, 50)},
+    **{f"scale {w:g}": {"scale": w} for w in (1.0, 1.5, 2.0, 2.5, 4.0, 5.0, 6.0)},
+    **{
+        f"guided from t = {high:g} to {low:g}": {"interval": (low, high)}
+        for low, high in ((0.1, 1), (0.2, 1), (0.4, 1), (0, 0.9), (0, 0.8), (0.2, 0.9), (0.3, 0.8))
+    },
+    **{f"shift {s:g}": {"shift": s} for s in (0.5, 0.7, 1.5, 2.0, 3.0)},
+    "12 steps, shift 2": {"steps": 12, "shift": 2.0},
+    "12 steps, shift 0.5": {"steps": 12, "shift": 0.5},
+    "Heun, 6 steps": {"steps": 6, "heun": True},
+    "Heun, 12 steps": {"steps": 12, "heun": True},
+    "Heun, 25 steps": {"steps": 25, "heun": True},
+}
+COLUMNS = ["model", "row", "samples", "seed", "evaluations", "kid"]
+
+
+def integrate(model, class_ids, noise, steps, scale, interval, shift, heun):
+    """From noise to x (B,3,S,S), and how often the network ran for a picture."""
+    low, high = interval
+    y = torch.cat([class_ids, torch.full_like(class_ids, model.num_classes)])
+    runs = 0
+
+    def velocity(z, now):
+        nonlocal runs
+        t = torch.full((len(z),), now)
+        if scale == 1 or not low <= now <= high:
+            runs += 1
+            return model(z, t, class_ids)
+        runs += 2
+        v_class, v_null = model(torch.cat([z, z]), torch.cat([t, t]), y).chunk(2)
+        return v_null + scale * (v_class - v_null)
+
+    times = [1 - i / steps for i in range(steps + 1)]
+    times = [shift * t / (1 + (shift - 1) * t) for t in times]
+    z = noise
+    for now, then in zip(times, times[1:]):
+        v = velocity(z, now)
+        if heun and then > 0:  # at t = 0 the velocity is not defined: the last step is Euler's
+            v = (v + velocity(z - (now - then) * v, then)) / 2
+        z = z - (now - then) * v
+    return z, runs
+
+
+@torch.no_grad()
+def samples(model, each, seed, **way):
+    """uint8 pictures, so many of each class, and the network's runs for one of them."""
+    classes = torch.arange(model.num_classes).repeat_interleave(each)
+    generator = torch.Generator().manual_seed(seed)
+    pictures, size = [], model.image_size
+    for y in classes.split(sample.MAX_BATCH):
+        noise = torch.randn(len(y), 3, size, size, generator=generator)
+        x, runs = integrate(model, y, noise, **way)
+        pictures.append(sample.to_uint8(x))
+    return torch.cat(pictures), runs
+
+
+def grouped(rows):
+    """[(row, samples, evaluations, [kid of each seed])], fewest evaluations first."""
+    groups = {}
+    for row in rows:
+        key = row["row"], row["samples"], int(row["evaluations"])
+        groups.setdefault(key, []).append(float(row["kid"]))
+    return sorted(((*key, kids) for key, kids in groups.items()), key=lambda g: (g[2], g[3]))
+
+
+def write_table(rows, path):
+    lines = ["| | evaluations | KID | samples | seeds |", "|---|---|---|---|---|"]
+    for name, count, evaluations, kids in grouped(rows):
+        kid = f"{statistics.mean(kids):.0f}"
+        kid += f" ± {statistics.stdev(kids):.0f}" if len(kids) > 1 else ""
+        lines.append(f"| {name} | {evaluations} | {kid} | {count} | {len(kids)} |")
+    path.write_text("\n".join(lines) + "\n")
+    print(path)
+
+
+def draw_plot(rows, path):
+    """Score against network evaluations, both logarithmic; a kind of row, a colour."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    kinds = ("steps", "scale", "guided", "shift", "Heun", "default")
+    points = {kind: ([], []) for kind in kinds}
+    for name, _, evaluations, kids in grouped(rows):
+        kind = next(kind for kind in reversed(kinds) if kind in name)
+        points[kind][0].append(evaluations)
+        points[kind][1].append(statistics.mean(kids))
+    for kind, (x, y) in points.items():
+        axes.plot(x, y, "o-" if kind == "steps" else "o", label=kind)
+    axes.set(xlabel="network evaluations a picture", ylabel="kernel distance, x 1000")
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def parse_flags():
+    parser = sample.new_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="a folder or a Hub id")
+    against = parser.add_mutually_exclusive_group(required=True).add_argument
+    against("--held-out", type=Path, metavar="FOLDER", help="real pictures to compare with")
+    against("--drawn", action="store_true", help="compare with freshly drawn butterflies")
+    add("--only", nargs="+", metavar="ROW", help="these instead of all; see ROWS")
+    add("--samples", type=int, default=5, help="a class (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
+    add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
+    flags = parser.parse_args()
+    for name in flags.only or []:
+        if name not in ROWS:
+            raise UserError(f'--only "{name}" is none of: {", ".join(ROWS)}')
+    return flags
+
+
+def main():
+    flags = parse_flags()
+    pyplot()  # if it is missing, now is the time to say so
+    model = sample.load_model(flags.checkpoint).eval()
+    path, kind = flags.output / "sampling.csv", "drawn" if flags.drawn else "photographs"
+    known = {tuple(row[name] for name in COLUMNS[:4]) for row in read_rows(path)}
+    real = None
+    for seed in flags.seeds:
+        for name in flags.only or ROWS:
+            key = kind, name, str(flags.samples * model.num_classes), str(seed)
+            if key in known:
+                continue
+            if real is None:
+                images = (
+                    draw_butterflies(14, SIZE, seed=1)[0]
+                    if flags.drawn
+                    else train.load_images(flags.held_out, SIZE)[0]
+                )
+                real = features(images)
+            pictures, runs = samples(model, flags.samples, seed, **{**BASE, **ROWS[name]})
+            pictures = F.interpolate(pictures.float(), SIZE, mode="bicubic").clamp(0, 255)
+            kid = kernel_distance(features(pictures), real)
+            row = dict(zip(COLUMNS, (*key, runs, f"{kid:.1f}")))
+            print(row, flush=True)
+            write_row(row, path, COLUMNS)
+    rows = [row for row in read_rows(path) if row["model"] == kind]
+    write_table(rows, flags.output / f"sampling-{kind}.md")
+    draw_plot(rows, flags.output / f"sampling-{kind}.png")
+
+
+if __name__ == "__main__":
+    sample.run(main)

@@ -1,0 +1,77 @@
+"""assets/sampling.py: its ways to sample, against closed forms, and the table it writes."""
+
+import math
+
+import pytest
+import torch
+from conftest import call, refused
+
+import sample
+from assets.sampling import BASE, integrate
+
+
+class Growth:
+    """dz/dt = z, whatever the class: z(0) = z(1) / e. Counts the pictures that it sees."""
+
+    num_classes, seen = 3, 0
+
+    def __call__(self, z, t, y):
+        self.seen += len(z)
+        return z
+
+
+def error(**way):
+    z, _ = integrate(Growth(), torch.zeros(1, dtype=torch.long), torch.ones(1, 3, 1, 1), **way)
+    return abs(z[0, 0, 0, 0].item() - 1 / math.e)
+
+
+def test_the_plain_way_is_that_of_sample():
+    def model(z, t, y):
+        return torch.sin(3 * z + t[:, None, None, None]) + y[:, None, None, None]
+
+    model.num_classes = 3
+    noise, y = torch.randn(2, 3, 4, 4), torch.tensor([0, 2])
+    z, runs = integrate(model, y, noise, **{**BASE, "steps": 7})
+    plain = sample.sample_conditional_cfg(model, y, 7, BASE["scale"], noise)
+    torch.testing.assert_close(z, plain, atol=1e-5, rtol=1e-5)
+    assert runs == 14
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    euler = [error(**{**BASE, "steps": n, "scale": 1}) for n in (20, 40)]
+    assert euler[0] / euler[1] == pytest.approx(2, rel=0.1)
+    heun = [error(**{**BASE, "steps": n, "scale": 1, "heun": True}) for n in (20, 40)]
+    assert heun[1] < heun[0] / 2.5 and heun[0] < euler[0] / 5
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shifted_steps_begin_and_end_where_the_even_ones_do(shift):
+    assert error(**{**BASE, "steps": 400, "shift": shift}) < 3e-3
+
+
+def test_evaluations_are_those_that_the_network_saw():
+    model, noise = Growth(), torch.ones(5, 3, 1, 1)
+    y = torch.zeros(5, dtype=torch.long)
+    for way, expected in (
+        ({"steps": 10}, 20),
+        ({"steps": 10, "scale": 1.0}, 10),
+        ({"steps": 10, "interval": (0.25, 0.75)}, 15),  # with guidance at 0.7 0.6 0.5 0.4 0.3
+        ({"steps": 10, "heun": True}, 38),
+    ):
+        model.seen = 0
+        _, runs = integrate(model, y, noise, **{**BASE, **way})
+        assert runs == expected and model.seen == expected * len(y)
+
+
+def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path):
+    for name in ("matplotlib", "efficientnet_lite_pytorch"):
+        pytest.importorskip(name)
+    only = ["--samples", 2, "--only", "5 steps", "scale 1", "--output", tmp_path]
+    run = ["assets/sampling.py", trained / "out", "--held-out", pictures, *only]
+    call(*run, cwd=tmp_path)
+    table = (tmp_path / "sampling-photographs.md").read_text().splitlines()
+    assert len(table) == 4 and table[2].startswith("| 5 steps | 10 |")
+    assert (tmp_path / "sampling-photographs.png").stat().st_size > 5000
+    out, _ = call(*run, cwd=tmp_path)
+    assert "'row'" not in out  # nothing is sampled twice
+    assert "12 steps" in refused(*run, "--only", "77 steps", cwd=tmp_path)
