@@ -90,8 +90,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
     Arguments are config.json. image_size: pixels a side, a multiple of patch_size; dim: width, a
-    multiple of 4 * heads, or UserError; class_names: in the order of ids; dataset: its name.
-    """
+    multiple of 4 * heads, or UserError; class_names: in the order of ids; dataset: its name."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):
         super().__init__()

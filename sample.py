@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils.logging import set_verbosity_error
+from PIL import ImageOps
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -36,8 +37,7 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
     z <- z - v / steps   at t = 1, 1 - 1/steps, ..., 1/steps
     v = v_null + w (v_class - v_null)   with w = cfg_scale: Ho & Salimans 2022, arXiv 2207.12598
     model: a callable (z, t, y) -> v with num_classes; class_ids: (B,) int64; noise: (B,3,S,S).
-    Returns x (B,3,S,S), not clamped. The network runs on 2B pictures a step; at w = 1 on B.
-    """
+    Returns x (B,3,S,S), not clamped. The network runs on 2B pictures a step; at w = 1 on B."""
     z = noise
     record(z)  # as after each step
     y = torch.as_tensor(class_ids, device=z.device)
@@ -120,9 +120,8 @@ def find_class(names, wanted):
     """The class id of a name, case ignored; UserError names the nearest."""
     ids = {name.casefold(): i for i, name in enumerate(names)}
     if wanted.casefold() not in ids:
-        near = difflib.get_close_matches(wanted.casefold(), ids, cutoff=0.4)
-        hint = " or ".join(names[ids[n]] for n in near) or "one that --list-classes shows"
-        raise UserError(f'--class-name "{wanted}" is no class of this model: try {hint}')
+        near = [names[ids[n]] for n in difflib.get_close_matches(wanted.casefold(), ids, cutoff=0)]
+        raise UserError(f'--class-name "{wanted}" is no class here: try {" or ".join(near)}')
     return ids[wanted.casefold()]
 
 
@@ -196,21 +195,26 @@ def main():
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             raise UserError(f"{file} is there already: give --save-images a new folder")
+    shown = min(each, max(1, 1000 * each // len(class_ids)))  # of a class: no larger grids
+    in_grid = torch.arange(len(class_ids)) % each < shown
     pictures, passed = [], []  # passed: the states on the way, of one batch after another
     record = (lambda z: passed.append(to_uint8(z))) if flags.gif else (lambda z: None)
     batches = generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record=record)
     options = {"total": len(class_ids), "unit": "picture", "disable": len(class_ids) <= MAX_BATCH}
-    for picture in tqdm((picture for batch in batches for picture in batch), **options):
+    for n, picture in enumerate(tqdm((p for batch in batches for p in batch), **options)):
         if files:
-            to_pil_image(picture).save(files[len(pictures)])
-        pictures.append(picture)
-    columns = each if chosen or each > 1 else None  # a row a class, or a block of single pictures
+            to_pil_image(picture).save(files[n])
+        if in_grid[n]:
+            pictures.append(picture.clone())  # a view would keep its batch
+    columns = shown if chosen or each > 1 else None  # a row a class, or a block
     grid = to_grid(torch.stack(pictures), columns)
     write_beside(output, lambda beside: grid.save(beside, "PNG"))
     print(output)
     if flags.gif:
-        frames = [torch.cat(passed[i :: flags.steps + 1]) for i in range(flags.steps + 1)]
-        first, *rest = [to_grid(frame, columns) for frame in frames]
+        frames = [torch.cat(passed[i :: flags.steps + 1])[in_grid] for i in range(flags.steps + 1)]
+        shrink = min(1, (2.7e6 / len(frames) / grid.width / grid.height) ** 0.5)  # to below 3 MB
+        frames = [ImageOps.scale(to_grid(frame, columns), shrink) for frame in frames]
+        first, *rest = [frame.quantize(64, dither=0) for frame in frames]
         times = [80] * len(rest) + [2000]  # milliseconds: the result stays for a while
         options = {"save_all": True, "append_images": rest, "loop": 0, "duration": times}
         gif = output.with_suffix(".gif")

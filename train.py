@@ -88,8 +88,7 @@ def rectified_flow_loss(model, x, y, t, noise):
     """Mean squared error of the velocity on the line from data to noise: a scalar.
 
     z_t = (1-t) x + t eps,   v = dz_t/dt = eps - x,   loss = |model(z_t, t, y) - v|^2
-    x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003.
-    """
+    x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003."""
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * x + t_ * noise
     v = noise - x

@@ -192,6 +192,35 @@ def class_start(std, scale):
     after_initialize(lambda dit: nn.init.normal_(dit.class_embedding.weight, std=std))
 
 
+def pytorch_start():
+    """Linear layers start as PyTorch has them, but for those that start at zero."""
+
+    def change(dit):
+        for layer in dit.modules():
+            if isinstance(layer, nn.Linear) and layer.weight.any():
+                layer.reset_parameters()
+
+    after_initialize(change)
+
+
+def scaled_qk_norm():
+    """Queries keep a scale of their own after the norm, which is learned."""
+
+    class Attention(network.Attention):
+        def __init__(self, dim, heads):
+            super().__init__(dim, heads)
+            self.scale = nn.Parameter(torch.ones(heads, 1, dim // heads))
+
+        def forward(self, x, cos, sin):
+            qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = self.scale * network.norm(qkv[0]), network.norm(qkv[1])
+            q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
+            x = F.scaled_dot_product_attention(q, k, qkv[2])
+            return self.out(x.transpose(1, 2).flatten(2))
+
+    network.Attention = Attention
+
+
 def few_pictures(each):
     """Training sees the first `each` pictures of a class; held out are the same as ever."""
     load_dataset, held_out = train.load_dataset, train.held_out
@@ -314,6 +343,8 @@ VARIANTS = {
     "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "sin-cos positions": ({}, sin_cos),
     "no QK-norm": ({}, no_qk_norm),
+    "QK-norm with a learned scale": ({}, scaled_qk_norm),
+    "PyTorch's own start of weights": ({}, pytorch_start),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
     "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
     "decay over all of the run": ({"DECAY_SHARE": 1.0}, None),

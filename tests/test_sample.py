@@ -6,7 +6,7 @@ from conftest import call, refused
 from PIL import Image
 
 from model import DiT, UserError
-from sample import generate, load_model, pick_device, to_grid, to_uint8
+from sample import DEFAULT_STEPS, generate, load_model, pick_device, to_grid, to_uint8
 
 NAMES = ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]
 FEW = ["--steps", 3, "--device", "cpu"]
@@ -75,6 +75,33 @@ def test_single_files_and_none_written_over(trained, tmp_path):
     line = refused("sample.py", *flags, "--seed", 5, cwd=trained)
     assert "0.png" in line and "--save-images" in line
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_gif_of_many_pictures_stays_below_three_megabytes(tmp_path):
+    model = DiT(64, 16, 16, 1, 2, [str(i) for i in range(75)])
+    model.save_pretrained(tmp_path / "model")  # untrained: its pictures are noise to the end
+    flags = ["--checkpoint", tmp_path / "model", "--gif", "--device", "cpu"]
+    out, _ = call("sample.py", *flags, cwd=tmp_path)
+    png, gif = map(tmp_path.joinpath, out.split())
+    assert 1e6 < gif.stat().st_size < 3e6
+    with Image.open(gif) as film, Image.open(png) as picture:
+        assert film.n_frames == 1 + DEFAULT_STEPS
+        assert film.width / film.height == pytest.approx(picture.width / picture.height, rel=0.02)
+
+
+def test_a_thousand_pictures_are_all_saved_and_the_grid_shows_some_of_each_class(tmp_path):
+    DiT(8, 4, 8, 1, 2, ["a", "b", "c"]).save_pretrained(tmp_path / "model")
+    flags = ["--checkpoint", tmp_path / "model", "--steps", 1, "--device", "cpu"]
+    flags += ["--class-id", 0, 1, 2, "--num-images", 500, "--save-images", tmp_path / "many"]
+    out, err = call("sample.py", *flags, cwd=tmp_path)
+    assert len(list((tmp_path / "many").rglob("*.png"))) == 1500
+    assert "1500/1500" in err or "1.50k/1.50k" in err
+    with Image.open(tmp_path / out.strip()) as grid:
+        assert grid.size == (333 * 10 + 2, 3 * 10 + 2)
+        for row, name in enumerate("abc"):
+            box = (10 * 7 + 2, 10 * row + 2, 10 * 7 + 10, 10 * row + 10)
+            with Image.open(tmp_path / "many" / name / "7.png") as picture:
+                assert grid.crop(box).tobytes() == picture.tobytes()
 
 
 def test_a_gif_has_a_frame_a_step_and_ends_with_the_picture(trained, tmp_path):
