@@ -1,7 +1,5 @@
 """The network of nanoDiT: a class-conditional diffusion transformer (DiT) on pixels, without a VAE.
 
-z_t, t, class -> patchify -> blocks (attention and MLP, steered by t and class) -> unpatchify -> v
-
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
 - Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
 - 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); QK-norm (Henry et al. 2020, 2010.04245).
@@ -88,7 +86,6 @@ def waves(t):
 
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
-
     Arguments are config.json. image_size: pixels a side, a multiple of patch_size; dim: width, a
     multiple of 4 * heads, or UserError; class_names: in the order of ids; dataset: its name."""
 
@@ -113,9 +110,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final_layer = nn.Linear(dim, values)
         self.skip = nn.Linear(dim, values)
-        # Saved too, so that weights do not load into a network of another IMAGE_SIZE or HEADS.
         rotary = torch.stack(rotary_table(image_size // patch_size, dim // heads))
-        self.register_buffer("rotary", rotary)
+        self.register_buffer("rotary", rotary)  # saved: weights are for this IMAGE_SIZE and HEADS
         self.initialize()
 
     def initialize(self):

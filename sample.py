@@ -33,7 +33,6 @@ MAX_BATCH = 64  # pictures that go through the network together
 @torch.no_grad()
 def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lambda z: None):
     """Integrate dz/dt = v from noise at t = 1 to data at t = 0, with classifier-free guidance.
-
     z <- z - v / steps   at t = 1, 1 - 1/steps, ..., 1/steps
     v = v_null + w (v_class - v_null)   with w = cfg_scale: Ho & Salimans 2022, arXiv 2207.12598
     model: a callable (z, t, y) -> v with num_classes; class_ids: (B,) int64; noise: (B,3,S,S).
@@ -161,10 +160,9 @@ def parse_flags():
     add("--gif", action="store_true", help="also the way from noise to pictures, beside the PNG")
     add("--save-images", type=Path, metavar="DIR", help="also each as DIR/<class name>/<n>.png")
     flags = parser.parse_args()
-    if flags.steps < 1 or flags.num_images is not None and flags.num_images < 1:
-        raise UserError("--steps and --num-images must be at least 1")
-    if not math.isfinite(flags.cfg_scale) or not 0 <= flags.seed < 2**63:
-        raise UserError("--cfg-scale must be a finite number, --seed at least 0 and below 2^63")
+    counts = (flags.steps, 1 if flags.num_images is None else flags.num_images)
+    if min(counts) < 1 or not math.isfinite(flags.cfg_scale) or not 0 <= flags.seed < 2**63:
+        raise UserError("--steps, --num-images: from 1; --cfg-scale: finite; --seed: 0 to 2^63 - 1")
     return flags
 
 

@@ -86,7 +86,6 @@ LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait 
 
 def rectified_flow_loss(model, x, y, t, noise):
     """Mean squared error of the velocity on the line from data to noise: a scalar.
-
     z_t = (1-t) x + t eps,   v = dz_t/dt = eps - x,   loss = |model(z_t, t, y) - v|^2
     x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003."""
     t_ = t[:, None, None, None]
@@ -345,8 +344,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
     options = {"unit": "img", "unit_scale": True, "initial": now["step"] * BATCH_SIZE}
-    options |= {"smoothing": 0, "disable": rank > 0}  # 0: the time left follows the whole run
-    with tqdm(total=STEPS * BATCH_SIZE, mininterval=0.5, **options) as bar:
+    with tqdm(total=STEPS * BATCH_SIZE, smoothing=0, disable=rank > 0, **options) as bar:
         for step in range(first_step, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
             batch = random_batch(*data, model.num_classes, step)

@@ -370,7 +370,8 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-FINALISTS = ["default", "t mean 0.4", "t mean 0.4, no path around the blocks"]
+FINALISTS = ["default", "t mean 0.4", "t mean 0.4, no QK-norm"]
+FINALISTS += ["t mean 0.4, no path around the blocks"]
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
