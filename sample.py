@@ -27,7 +27,7 @@ from model import DiT, UserError
 
 DEFAULT_STEPS = 25  # Euler steps: each runs the network once, on twice the pictures
 DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 is none; more is closer to the class, with less variety
-MAX_BATCH = 64  # pictures that go through the network together
+MAX_BATCH = 64  # pictures that go through the network together; on a GPU four times as many
 
 
 @torch.no_grad()
@@ -54,11 +54,11 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
 
 
 def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, **kwargs):
-    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), b <= MAX_BATCH at a time, on the CPU,
+    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), a batch at a time, on the CPU,
     where the noise is drawn too: a seed means the same picture on every device."""
     device, size = next(model.parameters()).device, model.image_size
     generator = torch.Generator().manual_seed(seed)
-    for y in class_ids.split(MAX_BATCH):
+    for y in class_ids.split(MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH):
         noise = torch.randn(len(y), 3, size, size, generator=generator).to(device)
         with autocast(device):
             x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, **kwargs)

@@ -18,7 +18,6 @@ out of --dataset; kid: kernel distance (assets/score.py) of samples to the --hel
 
 import csv
 import functools
-import math
 import multiprocessing
 import shlex
 import statistics
@@ -521,18 +520,25 @@ def spread(rows, column, digits):
 
 
 def write_table(stage, folder):
-    """ablations-<stage>.md: a line a variant, best kernel distance first."""
+    """ablations-<stage>.md: a line a variant, best first: by kernel distance, or where rows have
+    none, by the geometric mean of the five losses, in which each of them weighs alike."""
     groups = {}
     for row in read_rows(folder / "ablations.csv"):
         if row["stage"] == stage:
             groups.setdefault((row["variant"], row["size"], row["tflop"]), []).append(row)
     head = ["variant", *(f"t = {t}" for t in train.EVAL_T), "KID", "guidance", "TFLOP", "images"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (variant, _, tflop), rows in sorted(
-        groups.items(), key=lambda item: float(item[1][0]["kid"] or math.inf)
-    ):
+    scored = all(row["kid"] for rows in groups.values() for row in rows)
+
+    def order(item):
+        if scored:
+            return statistics.mean(float(row["kid"]) for row in item[1])
+        losses = ([float(row[name]) for name in T] for row in item[1])
+        return statistics.mean(map(statistics.geometric_mean, losses))
+
+    for (variant, _, tflop), rows in sorted(groups.items(), key=order):
         cells = [variant, *(spread(rows, name, 3) for name in T), spread(rows, "kid", 0)]
-        cells += [", ".join(sorted({row["guidance"] for row in rows})), tflop]
+        cells += [", ".join(sorted({row["guidance"] for row in rows} - {""})), tflop]
         lines.append("| " + " | ".join([*cells, f"{int(rows[0]['images']):,}"]) + " |")
     path = folder / f"ablations-{stage}.md"
     path.write_text("\n".join(lines) + "\n")

@@ -7,7 +7,8 @@
 Prints parameters, floating-point operations and memory an image; the milliseconds of data, forward,
 backward, optimizer and EMA; pictures a second; the share that this is of the machine's own rate of
 multiplying matrices (fp32, on CUDA bf16); and, measured in turns with it, the same sizes as a step
-of DiT the plain way: this project's predecessor. Needs no data set: the pictures are noise.
+of DiT the plain way: this project's predecessor. Then sampling, in turns with nothing but the
+network's forward passes on the same batches. Needs no data set: the pictures are noise.
 """
 
 import copy
@@ -193,6 +194,31 @@ def shares(ours, steps=10):
     return {part: statistics.median(values) for part, values in times.items()}
 
 
+@torch.no_grad()
+def sampling_rates(model, device, n, steps=5):
+    """Pictures a second of sample.generate and, in turns with it, of bare forward passes."""
+    y, size = torch.zeros(n, dtype=torch.long), train.IMAGE_SIZE
+    z = torch.randn(2 * n, 3, size, size, device=device)
+    t, y_both = torch.full((2 * n,), 0.5, device=device), torch.cat([y, y]).to(device)
+
+    def bare():
+        with sample.autocast(device):
+            for _ in range(steps):
+                model(z, t, y_both)
+        wait(device)
+
+    def whole():
+        list(sample.generate(model, y, steps=steps))
+
+    best = {bare: math.inf, whole: math.inf}
+    for _ in range(ROUNDS + 1):
+        for run in best:
+            start = time.perf_counter()
+            run()
+            best[run] = min(best[run], time.perf_counter() - start)
+    return n / best[whole], n / best[bare]
+
+
 def main():
     _, settings = train.parse_flags()
     preset = train.LAPTOP if "--preset" in sys.argv else {}
@@ -233,6 +259,10 @@ def main():
         f"plain step {1000 * plainly:9.2f} ms: {ratios[len(ratios) // 2]:.2f} times ours", end=" "
     )
     print(f"({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    rate, bare = sampling_rates(ours.ema, device, min(n, sample.MAX_BATCH))
+    print(
+        f"sampling in 5 steps: {rate:,.1f} img/s, {100 * rate / bare:.0f}% of bare forward passes"
+    )
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 

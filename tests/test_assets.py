@@ -72,7 +72,15 @@ def test_the_environment_is_described_by_three_requirements():
 def test_speed_says_what_a_step_costs(tmp_path):
     run = [*SMALL, "--batch-size", 4]
     out, _ = call("assets/speed.py", *run, cwd=tmp_path)
-    for word in ("M parameters", "GFLOP an image", "img/s", "PFLOP", "times ours", "MiB an image"):
+    for word in (
+        "M parameters",
+        "GFLOP an image",
+        "img/s",
+        "PFLOP",
+        "times ours",
+        "MiB an image",
+        "bare",
+    ):
         assert word in out
     parts = ("data", "forward", "backward", "optimizer", "EMA")
     shares = [float(re.search(rf"{part} .* ([\d.]+)%", out)[1]) for part in parts]

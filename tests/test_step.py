@@ -49,6 +49,25 @@ def test_step_validation_and_sampling_need_no_float64(monkeypatch):
     assert pictures.dtype == torch.uint8
 
 
+class Reads(TorchDispatchMode):
+    """Counts what reads a number out of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_sampling_reads_nothing_back_on_the_way():
+    model, noise = small_model(), torch.randn(2, 3, 16, 16)
+    with Reads() as reads:
+        z = sample.sample_conditional_cfg(model, torch.tensor([0, 1]), 7, 3.0, noise)
+        assert reads.count == 0
+        z.sum().item()
+    assert reads.count == 1
+
+
 COUNT_READS = """
 import sys
 sys.path.insert(0, {root!r})
