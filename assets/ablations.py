@@ -195,8 +195,9 @@ def pytorch_start():
     """Linear layers start as PyTorch has them, but for those that start at zero."""
 
     def change(dit):
-        for layer in dit.modules():
-            if isinstance(layer, nn.Linear) and layer.weight.any():
+        zeros = ("modulation", "final_layer", "skip")
+        for name, layer in dit.named_modules():
+            if isinstance(layer, nn.Linear) and not name.endswith(zeros):
                 layer.reset_parameters()
 
     after_initialize(change)
