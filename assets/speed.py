@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample  # noqa: E402
 import train  # noqa: E402
 
-ROUNDS = 5  # of so many seconds at least, ours and the plain one in turns
-SECONDS = 1.0
+ROUNDS = 7  # of so many seconds at least, ours and the plain one in turns
+SECONDS = 0.5
 CLASSES = [str(i) for i in range(75)]
 
 

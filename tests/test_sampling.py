@@ -1,13 +1,15 @@
 """assets/sampling.py: its ways to sample, against closed forms, and the table it writes."""
 
 import math
+import sys
 
 import pytest
 import torch
-from conftest import call, refused
 
 import sample
+from assets import sampling
 from assets.sampling import BASE, integrate
+from model import UserError
 
 
 class Growth:
@@ -63,15 +65,19 @@ def test_evaluations_are_those_that_the_network_saw():
         assert runs == expected and model.seen == expected * len(y)
 
 
-def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path):
+def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path, monkeypatch, capsys):
     for name in ("matplotlib", "efficientnet_lite_pytorch"):
         pytest.importorskip(name)
-    only = ["--samples", 2, "--only", "5 steps", "scale 1", "--output", tmp_path]
-    run = ["assets/sampling.py", trained / "out", "--held-out", pictures, *only]
-    call(*run, cwd=tmp_path)
+    only = ["--samples", 2, "--output", tmp_path, "--only", "5 steps", "scale 1"]
+    run = ["sampling.py", trained / "out", "--held-out", pictures, *only]
+    monkeypatch.setattr(sys, "argv", list(map(str, run)))
+    sampling.main()
+    assert capsys.readouterr().out.count("'row'") == 2
     table = (tmp_path / "sampling-photographs.md").read_text().splitlines()
     assert len(table) == 4 and table[2].startswith("| 5 steps | 10 |")
     assert (tmp_path / "sampling-photographs.png").stat().st_size > 5000
-    out, _ = call(*run, cwd=tmp_path)
-    assert "'row'" not in out  # nothing is sampled twice
-    assert "12 steps" in refused(*run, "--only", "77 steps", cwd=tmp_path)
+    sampling.main()
+    assert "'row'" not in capsys.readouterr().out  # nothing is sampled twice
+    monkeypatch.setattr(sys, "argv", [*map(str, run), "77 steps"])
+    with pytest.raises(UserError, match="12 steps"):
+        sampling.main()
