@@ -115,15 +115,12 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.initialize()
 
     def initialize(self):
-        """Xavier, and adaLN-zero: blocks start as the identity, the output at 0. Class embeddings
-        start so that c has scale 1: at 0.02, samples ignored their class."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        """adaLN-zero: blocks start as the identity, the output at 0; else as in PyTorch. Class
+        embeddings start so that c has scale 1: at 0.02, samples ignored their class."""
         modulations = [block.modulation for block in self.blocks]
         for layer in (*modulations, self.final_modulation, self.final_layer, self.skip):
             nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
 
     def forward(self, z, t, y):
