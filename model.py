@@ -115,12 +115,13 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.initialize()
 
     def initialize(self):
-        """adaLN-zero: blocks start as the identity, the output at 0; else as in PyTorch. Class
-        embeddings start so that c has scale 1: at 0.02, samples ignored their class."""
+        """Xavier, and adaLN-zero: blocks start as the identity, the output at 0. Class embeddings
+        start so that c has scale 1: at 0.02, samples ignored their class."""
+        for weights in self.parameters():
+            (nn.init.xavier_uniform_ if weights.ndim == 2 else nn.init.zeros_)(weights)
         modulations = [block.modulation for block in self.blocks]
         for layer in (*modulations, self.final_modulation, self.final_layer, self.skip):
             nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
 
     def forward(self, z, t, y):

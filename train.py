@@ -288,8 +288,7 @@ def main():
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
         return
-    may_write = state or "overwrite" in options
-    if not may_write and any((out / name).exists() for name in RUN_FILES):
+    if not (state or "overwrite" in options) and any((out / name).exists() for name in RUN_FILES):
         raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
     device = sample.pick_device(DEVICE)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -191,15 +191,14 @@ def class_start(std, scale):
     after_initialize(lambda dit: nn.init.normal_(dit.class_embedding.weight, std=std))
 
 
-def xavier_start():
-    """Glorot & Bengio 2010, as in DiT: for the layers that do not start at zero."""
+def pytorch_start():
+    """Linear layers start as PyTorch has them, but for those that start at zero."""
 
     def change(dit):
         zeros = ("modulation", "final_layer", "skip")
         for name, layer in dit.named_modules():
             if isinstance(layer, nn.Linear) and not name.endswith(zeros):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                layer.reset_parameters()
 
     after_initialize(change)
 
@@ -318,7 +317,6 @@ def muon():
 
 def seed_recipe():
     """What no constant says of DiT as this project's predecessor trained it."""
-    xavier_start()
     predict_v()
     no_qk_norm()
     sin_cos()
@@ -330,10 +328,6 @@ def seed_recipe():
 
 SEED = {"LEARNING_RATE": 1e-4, "WARMUP_STEPS": 1, "DECAY_SHARE": 0.0}
 SEED |= {"EMA_DECAY": 0.0, "FLIP_SHARE": 0.0, "GRAD_CLIP": 1e9, "BATCH_SIZE": 128}
-
-# What the rows of the first two stages are compared with: train.py's recipe before they were run.
-BEFORE = {"T_MEAN": 0.8}  # and xavier_start
-PYTORCH_START = "PyTorch's own start of weights"
 
 # name -> constants that differ from the default, and a function that changes the modules
 VARIANTS = {
@@ -350,7 +344,7 @@ VARIANTS = {
     "sin-cos positions": ({}, sin_cos),
     "no QK-norm": ({}, no_qk_norm),
     "QK-norm with a learned scale": ({}, scaled_qk_norm),
-    PYTORCH_START: ({}, None),
+    "PyTorch's own start of weights": ({}, pytorch_start),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
     "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
     "decay over all of the run": ({"DECAY_SHARE": 1.0}, None),
@@ -439,10 +433,6 @@ def record_loss_on(images, labels, path):
 def train_row(row, flags, real, stage):
     """Train, measure and append one row to the table: to be run in a process of its own."""
     settings, change = ALL[row["variant"]]
-    if row["stage"] in ("screening", "finalists"):
-        settings = {**BEFORE, **settings}
-        if row["variant"] != PYTORCH_START:
-            xavier_start()
     settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": int(row["seed"])}
     if change:
         change()
