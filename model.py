@@ -2,7 +2,7 @@
 
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
 - Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); QK-norm (Henry et al. 2020, 2010.04245).
+- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); layer norms without parameters.
 - B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         B, T, dim = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
         return self.out(x.transpose(1, 2).reshape(B, T, dim))
 
@@ -115,13 +115,12 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.initialize()
 
     def initialize(self):
-        """Xavier, and adaLN-zero: blocks start as the identity, the output at 0. Class embeddings
-        start so that c has scale 1: at 0.02, samples ignored their class."""
-        for weights in self.parameters():
-            (nn.init.xavier_uniform_ if weights.ndim == 2 else nn.init.zeros_)(weights)
+        """adaLN-zero: blocks start as the identity, the output at 0; else as in PyTorch. Class
+        embeddings start so that c has scale 1: at 0.02, samples ignored their class."""
         modulations = [block.modulation for block in self.blocks]
         for layer in (*modulations, self.final_modulation, self.final_layer, self.skip):
             nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
 
     def forward(self, z, t, y):

@@ -72,7 +72,7 @@ COMPILE = 1  # torch.compile on CUDA, where it pays; 0 for never
 
 # --preset laptop: the drawn butterflies, a network that two CPU cores train in three minutes
 LAPTOP = {"DATASET": "drawn", "PATCH_SIZE": 8, "DIM": 96, "DEPTH": 6, "HEADS": 3, "STEPS": 2400}
-LAPTOP |= {"BATCH_SIZE": 16, "LEARNING_RATE": 3e-3, "EMA_DECAY": 0.998}
+LAPTOP |= {"BATCH_SIZE": 16, "LEARNING_RATE": 3e-3, "EMA_DECAY": 0.998, "SAMPLE_EVERY": 800}
 
 # name -> comment of every constant above; each is a flag, and kept in train_state.pt
 SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
