@@ -114,7 +114,7 @@ def test_a_truncated_state_is_named(trained, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="train_state.pt is missing, damaged"):
             train.load_state({}, {})
     line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
-    assert "train_state.pt is damaged" in line
+    assert "train_state.pt is missing, damaged" in line
 
 
 def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
