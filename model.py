@@ -97,10 +97,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         tokens, weights = (image_size / max(1, patch_size)) ** 2, 18 * depth * dim**2
         if min(sizes) < 1 or depth > 1e3 or tokens > 1e5 or weights > 1e9:  # before they are there
             raise UserError(f"IMAGE_SIZE, PATCH_SIZE, DIM, DEPTH, HEADS cannot be {sizes}")
-        if image_size % patch_size or dim % (4 * heads):
-            raise UserError(
-                f"IMAGE_SIZE {sizes[0]} % PATCH_SIZE and DIM {dim} % (4 x HEADS) must be 0"
-            )
+        if image_size % patch_size:
+            raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
+        if dim % (4 * heads):
+            raise UserError(f"DIM {dim} is not a multiple of 4 x HEADS, here {4 * heads}")
         self.image_size, self.patch_size = image_size, patch_size
         values = 3 * patch_size**2  # in a patch
         self.patch_embedding = nn.Linear(values, dim)

@@ -251,7 +251,8 @@ def apply_settings(settings):
 def load_state(settings, flags):
     """The state of the run in OUT_DIR; its settings become the constants, but for the flags."""
     path = Path(OUT_DIR, "train_state.pt")
-    with sample.blamed_on(f"--resume: {path} is missing, damaged, or no state of a run"):
+    what = f"--resume: {path} is missing, damaged, or no state of a run"
+    with sample.blamed_on(f"{what}; leave --resume away, or name --out-dir"):
         if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
             raise UserError(f"the checksum of {record} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -149,13 +149,19 @@ def sin_cos():
     network.rotate = lambda x, cos, sin: x
 
 
-def qk_norm():
-    """Queries and keys are normed (Henry et al. 2020, arXiv 2010.04245), without parameters."""
+def qk_norm(learned_scale=False):
+    """Queries and keys are normed (Henry et al. 2020, arXiv 2010.04245), without parameters, or
+    with a scale of the queries that is learned."""
 
     class Attention(network.Attention):
+        def __init__(self, dim, heads):
+            super().__init__(dim, heads)
+            ones = torch.ones(heads, 1, dim // heads)
+            self.scale = nn.Parameter(ones) if learned_scale else 1.0
+
         def forward(self, x, cos, sin):
             qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = network.norm(qkv[0]), network.norm(qkv[1])
+            q, k = self.scale * network.norm(qkv[0]), network.norm(qkv[1])
             q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
             x = F.scaled_dot_product_attention(q, k, qkv[2])
             return self.out(x.transpose(1, 2).flatten(2))
@@ -205,24 +211,6 @@ def xavier_start():
                 nn.init.zeros_(layer.bias)
 
     after_initialize(change)
-
-
-def scaled_qk_norm():
-    """Queries keep a scale of their own after the norm, which is learned."""
-
-    class Attention(network.Attention):
-        def __init__(self, dim, heads):
-            super().__init__(dim, heads)
-            self.scale = nn.Parameter(torch.ones(heads, 1, dim // heads))
-
-        def forward(self, x, cos, sin):
-            qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = self.scale * network.norm(qkv[0]), network.norm(qkv[1])
-            q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-            x = F.scaled_dot_product_attention(q, k, qkv[2])
-            return self.out(x.transpose(1, 2).flatten(2))
-
-    network.Attention = Attention
 
 
 def few_pictures(each):
@@ -359,7 +347,7 @@ VARIANTS = {
     "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "sin-cos positions": ({}, sin_cos),
     "no QK-norm": ({}, None),
-    "QK-norm with a learned scale": ({}, scaled_qk_norm),
+    "QK-norm with a learned scale": ({}, functools.partial(qk_norm, True)),
     "PyTorch's own start of weights": ({}, None),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
     "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
@@ -591,6 +579,13 @@ def draw_curves(stage, folder):
     print(path)
 
 
+def check_only(flags, rows):
+    """UserError if --only names something that is no row."""
+    for name in flags.only or []:
+        if name not in rows:
+            raise UserError(f'--only "{name}" is none of: {", ".join(rows)}')
+
+
 def parse_flags():
     parser = sample.new_parser(__doc__)
     add = parser.add_argument
@@ -605,9 +600,7 @@ def parse_flags():
     add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
     add("--table", action="store_true", help="train nothing: only write the table and the plot")
     flags = parser.parse_args()
-    for name in flags.only or []:
-        if name not in STAGES[flags.stage]["rows"]:
-            raise UserError(f'--only "{name}" is none of: {", ".join(STAGES[flags.stage]["rows"])}')
+    check_only(flags, STAGES[flags.stage]["rows"])
     return flags
 
 

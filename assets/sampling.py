@@ -24,16 +24,15 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample  # noqa: E402
 import train  # noqa: E402
-from assets.ablations import read_rows, write_row  # noqa: E402
+from assets.ablations import check_only, read_rows, write_row  # noqa: E402
 from assets.draw_butterflies import draw_butterflies  # noqa: E402
 from assets.plot_loss import pyplot  # noqa: E402
 from assets.score import SIZE, features, kernel_distance  # noqa: E402
-from model import UserError  # noqa: E402
 
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
 ROWS = {
     "default": {"scale": sample.DEFAULT_CFG_SCALE, "steps": sample.DEFAULT_STEPS},
-    "150 steps, scale 5 (the seed)": {"steps": 150, "scale": 5.0},
+    "150 steps, scale 5": {"steps": 150, "scale": 5.0},
     "150 steps": {"steps": 150},
     **{f"{n} steps": {"steps": n} for n in (5, 8, 12, 17, 35, 50)},
     **{f"scale {w:g}": {"scale": w} for w in (1.0, 1.5, 2.0, 2.5, 4.0, 5.0, 6.0)},
@@ -143,9 +142,7 @@ def parse_flags():
     add("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
     add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
     flags = parser.parse_args()
-    for name in flags.only or []:
-        if name not in ROWS:
-            raise UserError(f'--only "{name}" is none of: {", ".join(ROWS)}')
+    check_only(flags, ROWS)
     return flags
 
 

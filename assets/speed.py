@@ -220,9 +220,8 @@ def sampling_rates(model, device, n, steps=5):
 
 
 def main():
-    _, settings = train.parse_flags()
-    preset = train.LAPTOP if "--preset" in sys.argv else {}
-    train.apply_settings({**preset, **settings})
+    options, flags = train.parse_flags()
+    train.apply_settings({**(train.LAPTOP if "preset" in options else {}), **flags})
     device, n = sample.pick_device(train.DEVICE), train.BATCH_SIZE
     torch.set_float32_matmul_precision("high")
     flops, size = train.flops_per_image(), train.IMAGE_SIZE

@@ -71,21 +71,14 @@ def test_sampling_reads_nothing_back_on_the_way():
 
 COUNT_READS = """
 import sys
-sys.path.insert(0, {root!r})
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train
-
-class CountReads(TorchDispatchMode):
-    count = 0
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {{}}))
+from test_step import Reads
 
 settings = sys.argv[1:]
 for steps in (12, 19):
     sys.argv = ["train.py", *settings, "--steps", str(steps), "--out-dir", f"out{{steps}}"]
-    with CountReads() as reads:
+    with Reads() as reads:
         train.main()
     print("reads:", reads.count)
 """
