@@ -376,7 +376,10 @@ VARIANTS = {
 }
 FINALISTS = ["default", "t mean 0.4", "t mean 0.4, no QK-norm"]
 FINALISTS += ["t mean 0.4, no path around the blocks"]
-LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
+LONG = {  # the first is the largest network that two cores train in some two hours
+    "width 256": ({"DIM": 256, "BATCH_SIZE": 32, "LEARNING_RATE": 2e-3}, None),
+    "ten pictures a class": ({}, functools.partial(few_pictures, 10)),
+}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
     "32x32: default": ({"IMAGE_SIZE": 32, "PATCH_SIZE": 4}, None),
@@ -388,7 +391,7 @@ LONG_ROWS = {
     "seeds": [0],
     "samples": 14,
     "steps": 25,
-    "guidance": [1.5, 2.0, 3.0, 4.0],
+    "guidance": [1.5, 2.0, 3.0, 4.0, 5.0],
     "search": 5,
 }
 STAGES = {
@@ -413,7 +416,7 @@ STAGES = {
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
-    "long": {**LONG_ROWS, "rows": {"default": [360], "ten pictures a class": [180]}},
+    "long": {**LONG_ROWS, "rows": {"width 256": [770], "ten pictures a class": [60]}, "search": 2},
 }
 ALL = {**VARIANTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
@@ -454,7 +457,7 @@ def train_row(row, flags, real, stage):
     out = flags.runs / f"{row['size']}-{row['variant'].replace(' ', '-')}-{row['seed']}{length}"
     settings |= {"DATASET": flags.dataset, "OUT_DIR": str(out), "STEPS": steps}
     settings |= {"EVAL_EVERY": max(1, steps // 10), "CHECKPOINT_EVERY": max(1, steps // 20)}
-    settings["SAMPLE_EVERY"] = steps
+    settings["SAMPLE_EVERY"] = max(1, steps // 4)
     words = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
     sys.argv = ["train.py", *words, *(["--resume"] if (out / "train_state.pt").exists() else [])]
     print("+", shlex.join(sys.argv), flush=True)
