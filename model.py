@@ -1,12 +1,10 @@
 """The network of nanoDiT: a class-conditional diffusion transformer (DiT) on pixels, without a VAE.
 
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
-- Large patches; a network that predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- 2-D rotary positions (Su et al. 2021, arXiv 2104.09864); layer norms without parameters.
+- Large patches; the network predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
+- Positions are learned, a vector a token; layer norms have no parameters.
 - B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
-
-import contextlib
 
 import torch
 import torch.nn as nn
@@ -31,21 +29,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def rotary_table(side, head_dim):
-    """Cosines and sines, both (T, D/2), of the angles that tell side x side tokens apart: half turn
-    with the token's row, half with its column, by 1 radian a token down to about 1/100."""
-    frequencies = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
-    angles = torch.outer(torch.arange(side), frequencies)  # (side, D/4)
-    angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the planes of x (B, H, T, D) by the token's angles: q.k then sees only distances."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -53,11 +36,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x):
         B, T, dim = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
         return self.out(x.transpose(1, 2).reshape(B, T, dim))
 
@@ -71,9 +53,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x, c, cos, sin):
+    def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attention(modulate(norm(x), shift1, scale1), cos, sin)
+        x = x + gate1[:, None] * self.attention(modulate(norm(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))
 
 
@@ -87,38 +69,35 @@ def waves(t):
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
     Arguments are config.json. image_size: pixels a side, a multiple of patch_size; dim: width, a
-    multiple of 4 * heads, or UserError; class_names: in the order of ids; dataset: its name."""
+    multiple of heads, or UserError; class_names: in the order of ids; dataset: its name."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):
         super().__init__()
         self.class_names, self.dataset = [str(name) for name in class_names], dataset
         self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
         sizes = (image_size, patch_size, dim, depth, heads)
-        tokens, weights = (image_size / max(1, patch_size)) ** 2, 18 * depth * dim**2
+        tokens, weights = (image_size // max(1, patch_size)) ** 2, 18 * depth * dim**2
         if min(sizes) < 1 or depth > 1e3 or tokens > 1e5 or weights > 1e9:  # before they are there
             raise UserError(f"IMAGE_SIZE, PATCH_SIZE, DIM, DEPTH, HEADS cannot be {sizes}")
         if image_size % patch_size:
             raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
-        if dim % (4 * heads):
-            raise UserError(f"DIM {dim} is not a multiple of 4 x HEADS, here {4 * heads}")
+        if dim % heads:
+            raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
         self.image_size, self.patch_size = image_size, patch_size
-        values = 3 * patch_size**2  # in a patch
-        self.patch_embedding = nn.Linear(values, dim)
+        self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
+        self.positions = nn.Parameter(torch.randn(tokens, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
-        self.final_layer = nn.Linear(dim, values)
-        self.skip = nn.Linear(dim, values)
-        rotary = torch.stack(rotary_table(image_size // patch_size, dim // heads))
-        self.register_buffer("rotary", rotary)  # saved: weights are for this IMAGE_SIZE and HEADS
+        self.final_layer = nn.Linear(dim, 3 * patch_size**2)
         self.initialize()
 
     def initialize(self):
         """adaLN-zero: blocks start as the identity, the output at 0; else as in PyTorch. Class
         embeddings start so that c has scale 1: at 0.02, samples ignored their class."""
         modulations = [block.modulation for block in self.blocks]
-        for layer in (*modulations, self.final_modulation, self.final_layer, self.skip):
+        for layer in (*modulations, self.final_modulation, self.final_layer):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.class_embedding.weight, std=1 / CLASS_SCALE)
@@ -126,25 +105,23 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     def forward(self, z, t, y):
         """Velocity (B,3,S,S) float32 at z_t = (1-t) x + t eps. z: (B,3,S,S) float; t: (B,) from 0,
         data, to 1, noise; y: (B,) int64 class ids, where num_classes is the null class."""
-        B, P, side = len(z), self.patch_size, self.image_size // self.patch_size
+        P, side = self.patch_size, self.image_size // self.patch_size
         c = F.silu(self.timestep_embedding(waves(t)) + CLASS_SCALE * self.class_embedding(y))
-        z_t = z.reshape(B, 3, side, P, side, P).permute(0, 2, 4, 1, 3, 5).reshape(B, side**2, -1)
-        x = self.patch_embedding(z_t)  # (B, T, dim)
+        x = F.pixel_unshuffle(z, P).flatten(2).transpose(1, 2)  # (B, T, 3*P*P)
+        x = self.patch_embedding(x) + self.positions  # (B, T, dim)
         for block in self.blocks:
-            x = block(x, c, *self.rotary)
+            x = block(x, c)
         x = modulate(norm(x), *self.final_modulation(c).chunk(2, dim=-1))
-        # Near t = 0 the picture is all but there: a share of z_t goes past the narrow blocks.
-        x = (self.final_layer(x) + self.skip(c)[:, None] * z_t).float()  # (B, T, 3*P*P)
-        x = x.view(B, side, side, 3, P, P).permute(0, 3, 1, 4, 2, 5).reshape(z.shape)
+        x = self.final_layer(x).float()  # (B, T, 3*P*P)
+        x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), P)  # (B, 3, S, S)
         return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        """As the mixin's, but missing weights are refused, and standard output stays clean."""
+        """As the mixin's, but missing weights are refused."""
         if "class_names" not in kwargs:
             raise UserError(f"no config.json of a nanoDiT model in {model_id}")
-        with contextlib.redirect_stdout(None):
-            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+        return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write."""

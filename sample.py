@@ -111,7 +111,8 @@ def load_model(checkpoint):
     if Path(checkpoint).is_dir() or "/" not in checkpoint:
         if not Path(checkpoint, "config.json").is_file():
             raise UserError(f"no model in {checkpoint}: `python train.py` makes one, in out")
-    with blamed_on(f"no model from {checkpoint}, its config.json and model.safetensors"):
+    what = f"no model from {checkpoint}, its config.json and model.safetensors"
+    with blamed_on(what), contextlib.redirect_stdout(None):  # the mixin would print a line there
         return DiT.from_pretrained(checkpoint)
 
 
@@ -211,12 +212,11 @@ def main():
     if flags.gif:
         frames = [torch.cat(passed[i :: flags.steps + 1])[in_grid] for i in range(flags.steps + 1)]
         shrink = min(1, (2.7e6 / len(frames) / grid.width / grid.height) ** 0.5)  # to below 3 MB
-        frames = [ImageOps.scale(to_grid(frame, columns), shrink) for frame in frames]
-        first, *rest = [frame.quantize(64, dither=0) for frame in frames]
-        times = [80] * len(rest) + [2000]  # milliseconds: the result stays for a while
-        options = {"save_all": True, "append_images": rest, "loop": 0, "duration": times}
+        frames = [ImageOps.scale(to_grid(f, columns), shrink).quantize(64) for f in frames]
+        times = [80] * flags.steps + [2000]  # milliseconds: the result stays for a while
+        options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": times}
         gif = output.with_suffix(".gif")
-        write_beside(gif, lambda beside: first.save(beside, "GIF", **options))
+        write_beside(gif, lambda beside: frames[0].save(beside, "GIF", **options))
         print(gif)
 
 

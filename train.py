@@ -48,7 +48,7 @@ IMAGE_SIZE = 64  # pixels a side, after resizing and cropping; a multiple of PAT
 FLIP_SHARE = 0.5  # pictures seen mirrored; 0 where left and right differ, as in writing
 # model
 PATCH_SIZE = 4  # pixels a side; half of it costs four times the compute
-DIM = 384  # width; a multiple of 4 x HEADS
+DIM = 384  # width; a multiple of HEADS
 DEPTH = 12  # blocks
 HEADS = 6  # attention heads
 # optimizer
@@ -63,7 +63,7 @@ EMA_DECAY = 0.999  # memory of the averaged weights, from which samples are draw
 WARMUP_STEPS = 200  # of the learning rate, clipped to a tenth of a short run
 DECAY_SHARE = 0.4  # last part of the run, in which the learning rate falls to zero
 # t from 0, data, to 1, noise: the logistic of a normal number (Esser et al., arXiv 2403.03206)
-T_MEAN = 0.8  # above 0: more time on noisy pictures, where shapes and colours are decided
+T_MEAN = 0.4  # above 0: more time on noisy pictures, where shapes and colours are decided
 T_STD = 1.0  # larger: more time near both ends
 # system
 SEED = 0  # of everything drawn at random
@@ -75,8 +75,8 @@ LAPTOP = {"DATASET": "drawn", "PATCH_SIZE": 8, "DIM": 96, "DEPTH": 6, "HEADS": 3
 LAPTOP |= {"BATCH_SIZE": 16, "LEARNING_RATE": 3e-3, "EMA_DECAY": 0.998, "SAMPLE_EVERY": 800}
 
 # name -> comment of every constant above; each is a flag, and kept in train_state.pt
-SETTINGS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
-SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", SETTINGS, re.M))
+CONSTANTS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
+SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", CONSTANTS, re.M))
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
 RUN_FILES = ("config.json", "model.safetensors", "log.csv", "train_state.pt")
@@ -149,9 +149,9 @@ def load_images(folder, image_size):
 
 def find_pictures(folder, pattern):
     """Paths of the pictures that match, sorted; nothing hidden, nor in a hidden folder."""
-    paths = [path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return sorted(folder / p for p in paths if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif"))
+    paths = [p for p in folder.glob(pattern) if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif")]
+    shown = [p for p in paths if "/." not in f"/{p.relative_to(folder).as_posix()}"]
+    return sorted(path for path in shown if path.is_file())
 
 
 def read_picture(path, image_size):
@@ -210,7 +210,7 @@ def save_checkpoint(model, ema, optimizer, now):
     shutil.rmtree(beside, ignore_errors=True)
     with sample.blamed_on(f"cannot write to {OUT_DIR}, whose last checkpoint stays"):
         ema.save_pretrained(beside)
-        (beside / "log.csv").write_text("".join(now["log"]))
+        (beside / "log.csv").write_text(now["log"])
         torch.save(state, beside / "train_state.pt")
         for name in RUN_FILES:
             (beside / name).replace(Path(OUT_DIR, name))
@@ -228,13 +228,19 @@ def save_grid(ema, step):
 def parse_flags():
     """(options, the constants among them); a constant's comment is the help of its flag."""
     parser = sample.new_parser(__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=["laptop"], help="the constants in LAPTOP")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
-    for name, comment in SETTINGS.items():
-        default, flag = globals()[name], "--" + name.lower().replace("_", "-")
-        parser.add_argument(flag, dest=name, type=type(default), help=f"{comment} ({default})")
+    group = parser.add_argument_group("how to begin")
+    group.add_argument("--preset", choices=["laptop"], help="the constants in LAPTOP")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--init-from", metavar="MODEL", help="start from trained weights: a folder or a Hub id")
+    either("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    either("--overwrite", action="store_true", help="replace the run in OUT_DIR")
+    for title, name in re.findall(r"^# ([a-z ]+)$|^([A-Z]\w+) = ", CONSTANTS, re.M):
+        if title:
+            group = parser.add_argument_group(title)
+        else:
+            default, flag = globals()[name], "--" + name.lower().replace("_", "-")
+            text = f"{SETTINGS[name]} ({default})"
+            group.add_argument(flag, dest=name, type=type(default), metavar="", help=text)
     options = vars(parser.parse_args())
     return options, {name: options[name] for name in SETTINGS if name in options}
 
@@ -280,63 +286,58 @@ def flops_per_image():
     return counter.get_total_flops()
 
 
-def main():
-    options, flags = parse_flags()
-    settings = {**(LAPTOP if "preset" in options else {}), **flags}
-    apply_settings(settings)
-    state = load_state(settings, flags) if "resume" in options else None
-    out = Path(OUT_DIR)
-    if state and state["step"] >= STEPS:
-        print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
-        return
-    if not (state or "overwrite" in options) and any((out / name).exists() for name in RUN_FILES):
-        raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
-    device = sample.pick_device(DEVICE)
+def start_process(device):
+    """(number of this process, number of all): torchrun starts several, which meet here."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > BATCH_SIZE:
         raise UserError(f"BATCH_SIZE {BATCH_SIZE} is less than a picture for each of {world} GPUs")
-    if world > 1:  # started by torchrun
+    if world > 1:
         with sample.blamed_on(f"process {rank} of {world} cannot start"):
             if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
     if rank > 0:  # the first process alone speaks and writes; errors are for all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    flops = flops_per_image()
-    if device.type == "cpu":
-        minutes = flops * BATCH_SIZE * STEPS / 1e11 / 60
-        print(f"about {minutes:,.0f} minutes on two CPU cores; --preset laptop takes about three")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    images, labels, class_names = load_dataset()
-    val = held_out(labels)
-    data = images[~val].to(device), labels[~val].to(device)
-    val_data = (images[val].to(device), labels[val].to(device)) if val.any() else data
-    torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    model = new_model(class_names).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    weights = list(model.parameters())
-    millions = sum(w.numel() for w in weights) / 1e6
-    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
-    print(f"{millions:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, {device}", flush=True)
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    now = {"step": 0, "seconds": 0.0, "log": [LOG_HEADER], "losses": []}  # since the last row
-    if state:
-        with sample.blamed_on(f"{out / 'train_state.pt'} does not fit"):
-            if class_names != state["class_names"]:
-                raise UserError(f"{DATASET} has other classes than the run in {out}")
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            now = {name: state[name] for name in now}
-            now["losses"] = [loss.to(device) for loss in now["losses"]]
+    return rank, world
+
+
+def init_from(checkpoint, model):
+    """Give `model` the weights of a trained one; with other classes, class embeddings stay new."""
+    trained = sample.load_model(checkpoint)
+    if trained.class_names != model.class_names:
+        print(f"{checkpoint} knows other classes: class embeddings start anew")
+        trained.class_embedding = model.class_embedding
+    with sample.blamed_on(f"--init-from {checkpoint} needs the sizes it was trained with"):
+        model.load_state_dict(trained.state_dict())
+
+
+def train_step(model, optimizer, batch, rank=0, world=1):
+    """One step of the optimizer on this process's share of the batch: its share of the loss, and
+    the norm of the whole gradient."""
+    parts = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
+    total = torch.zeros((), device=batch[0].device)
+    for x, y, t, noise in zip(*parts):
+        model.require_backward_grad_sync = x is parts[0][-1]  # once a step is enough
+        with sample.autocast(x.device):
+            loss = rectified_flow_loss(model, x, y, t, noise) * (len(x) / BATCH_SIZE)
+        (loss * world).backward()  # of the gradients, processes take the mean
+        total += loss.detach()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, gradient_norm
+
+
+def train(model, ema, optimizer, data, val_data, now, rank, world):
+    """The steps that are left: batches, losses, log, grids and checkpoints; ends after a signal."""
+    out, device = Path(OUT_DIR), data[0].device
     row_step, row_time, first_step = now["step"], time.perf_counter(), now["step"] + 1
     started = row_time - now["seconds"]
     if COMPILE and device.type == "cuda":
         model.compile()  # in place, so that the weights keep their names
     # Processes meet here: before the first one writes to OUT_DIR, all have read what was there.
     parallel = DistributedDataParallel(model) if world > 1 else model
-    if rank == 0 and not state:
+    if rank == 0 and now["step"] == 0:
         for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
             old.unlink()
         save_checkpoint(model, ema, optimizer, now)  # from here on --resume works
@@ -347,18 +348,8 @@ def main():
     with tqdm(total=STEPS * BATCH_SIZE, smoothing=0, disable=rank > 0, **options) as bar:
         for step in range(first_step, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
-            batch = random_batch(*data, model.num_classes, step)
-            batch = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
-            loss = torch.zeros((), device=device)
-            for x, y, t, noise in zip(*batch):
-                parallel.require_backward_grad_sync = x is batch[0][-1]  # once a step is enough
-                with sample.autocast(device):
-                    part = rectified_flow_loss(parallel, x, y, t, noise) * (len(x) / BATCH_SIZE)
-                (part * world).backward()  # of the gradients, processes take the mean
-                loss += part.detach()
-            gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
+            batch = random_batch(*data, ema.num_classes, step)
+            loss, gradient_norm = train_step(parallel, optimizer, batch, rank, world)
             update_ema(ema, model, step)
             now["step"] = step
             stop = torch.tensor(len(caught))
@@ -382,13 +373,11 @@ def main():
                 val_loss = validation_loss(ema, *val_data)
                 row_step, row_time = step, time.perf_counter()
                 row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-                now["log"].append(f"{row},{rate:.1f},{row_time - started:.1f}\n")
+                now["log"] += f"{row},{rate:.1f},{row_time - started:.1f}\n"
                 now["losses"] = []
                 bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
             if rank == 0 and evaluate:
-                sample.write_beside(
-                    out / "log.csv", lambda log: log.write_text("".join(now["log"]))
-                )
+                sample.write_beside(out / "log.csv", lambda log: log.write_text(now["log"]))
             if rank == 0 and show:
                 save_grid(ema, step)
             if rank == 0 and (save or stop):
@@ -401,6 +390,51 @@ def main():
     if stop:
         print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
+
+
+def main():
+    options, flags = parse_flags()
+    settings = {**(LAPTOP if "preset" in options else {}), **flags}
+    apply_settings(settings)
+    state = load_state(settings, flags) if "resume" in options else None
+    out = Path(OUT_DIR)
+    if state and state["step"] >= STEPS:
+        print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
+        return
+    if not (state or "overwrite" in options) and any((out / name).exists() for name in RUN_FILES):
+        raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
+    device = sample.pick_device(DEVICE)
+    rank, world = start_process(device)
+    flops = flops_per_image()
+    if device.type == "cpu":
+        minutes = flops * BATCH_SIZE * STEPS / 1e11 / 60
+        print(f"about {minutes:,.0f} minutes on two CPU cores; --preset laptop takes about three")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    images, labels, class_names = load_dataset()
+    val = held_out(labels)
+    data = images[~val].to(device), labels[~val].to(device)
+    val_data = (images[val].to(device), labels[val].to(device)) if val.any() else data
+    torch.manual_seed(SEED)
+    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    model = new_model(class_names).to(device)
+    if "init_from" in options:
+        init_from(options["init_from"], model)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    millions = sum(w.numel() for w in model.parameters()) / 1e6
+    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
+    print(f"{millions:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, {device}", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    now = {"step": 0, "seconds": 0.0, "log": LOG_HEADER, "losses": []}  # since the last row
+    if state:
+        with sample.blamed_on(f"{out / 'train_state.pt'} does not fit"):
+            if class_names != state["class_names"]:
+                raise UserError(f"{DATASET} has other classes than the run in {out}")
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            now = {name: state[name] for name in now}
+            now["losses"] = [loss.to(device) for loss in now["losses"]]
+    train(model, ema, optimizer, data, val_data, now, rank, world)
     print(f"trained in {now['seconds'] / 60:.1f} minutes: see {out / 'samples'}")
     peak = torch.cuda.max_memory_allocated() / 2**30
     if device.type != "cuda" and os.name == "posix":  # Windows keeps no such record

@@ -18,6 +18,7 @@ out of --dataset; kid: kernel distance (assets/score.py) of samples to the --hel
 
 import csv
 import functools
+import math
 import multiprocessing
 import shlex
 import statistics
@@ -78,11 +79,24 @@ def predict_v():
     network.DiT.forward = put_out
 
 
-def no_skip():
-    def change(dit):
-        del dit.skip
-        dit.skip = lambda c: c.new_zeros(len(c), 1)
+def path_around():
+    """A share of z_t, which c decides for each pixel of a patch, goes past the blocks into x."""
 
+    def change(dit):
+        dit.path = nn.Linear(dit.final_layer.in_features, dit.final_layer.out_features)
+        nn.init.zeros_(dit.path.weight)
+        nn.init.zeros_(dit.path.bias)
+
+    def with_path(dit, z, t, y):
+        P, side = dit.patch_size, dit.image_size // dit.patch_size
+        c = dit.timestep_embedding(network.waves(t))
+        c = F.silu(c + network.CLASS_SCALE * dit.class_embedding(y))
+        share = dit.path(c).view(len(z), 3, P, P).repeat(1, 1, side, side)
+        t_ = t.float().clamp_min(network.MIN_T)[:, None, None, None]
+        return forward(dit, z, t, y) - share * z / t_
+
+    forward = network.DiT.forward
+    network.DiT.forward = with_path
     after_initialize(change)
 
 
@@ -140,33 +154,49 @@ class Positions(nn.Module):
         return x + self.table
 
 
+def no_positions():
+    def change(dit):
+        dit.positions.requires_grad_(False).zero_()
+
+    after_initialize(change)
+
+
 def sin_cos():
     def change(dit):
         positions = Positions(dit.image_size // dit.patch_size, dit.patch_embedding.out_features)
         dit.patch_embedding = nn.Sequential(dit.patch_embedding, positions)
 
+    no_positions()
     after_initialize(change)
-    network.rotate = lambda x, cos, sin: x
 
 
-def qk_norm(learned_scale=False):
-    """Queries and keys are normed (Henry et al. 2020, arXiv 2010.04245), without parameters, or
-    with a scale of the queries that is learned."""
+def change_queries_and_keys(change):
+    """Let change(x) alter queries and keys (B, H, T, D) before they meet."""
+    attend = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v: attend(change(q), change(k), v)
 
-    class Attention(network.Attention):
-        def __init__(self, dim, heads):
-            super().__init__(dim, heads)
-            ones = torch.ones(heads, 1, dim // heads)
-            self.scale = nn.Parameter(ones) if learned_scale else 1.0
 
-        def forward(self, x, cos, sin):
-            qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = self.scale * network.norm(qkv[0]), network.norm(qkv[1])
-            q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-            x = F.scaled_dot_product_attention(q, k, qkv[2])
-            return self.out(x.transpose(1, 2).flatten(2))
+def rotary():
+    """2-D rotary positions (Su et al. 2021, arXiv 2104.09864) instead of learned ones: half of each
+    head turns with the token's row, half with its column, by 1 radian a token down to 1/100."""
 
-    network.Attention = Attention
+    def turn(x):
+        T, D = x.shape[2:]
+        side = math.isqrt(T)
+        angles = torch.outer(torch.arange(side), 100.0 ** -(torch.arange(D // 4) / (D // 4)))
+        angles = torch.cat([angles.repeat_interleave(side, 0), angles.repeat(side, 1)], dim=-1)
+        angles = F.pad(angles, (0, 0, T - side**2, 0)).to(x.device)  # others go in front, unturned
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+    no_positions()
+    change_queries_and_keys(turn)
+
+
+def qk_norm():
+    """Henry et al. 2020, arXiv 2010.04245; without parameters."""
+    change_queries_and_keys(network.norm)
 
 
 class InContext(nn.Module):
@@ -177,14 +207,12 @@ class InContext(nn.Module):
         self.blocks, self.conditional, self.shape = blocks, conditional, (tokens, dim)
         self.tokens = nn.Linear(dim, tokens * dim)
 
-    def forward(self, x, c, cos, sin):
-        n, _ = self.shape
+    def forward(self, x, c):
         tokens = self.tokens(c if self.conditional else torch.ones_like(c))
         x = torch.cat([tokens.unflatten(1, self.shape), x], dim=1)
-        cos, sin = F.pad(cos, (0, 0, n, 0), value=1.0), F.pad(sin, (0, 0, n, 0))  # not turned
         for block in self.blocks:
-            x = block(x, c, cos, sin)
-        return x[:, n:]
+            x = block(x, c)
+        return x[:, self.shape[0] :]
 
 
 def more_tokens(conditional):
@@ -204,7 +232,7 @@ def xavier_start():
     """Glorot & Bengio 2010, as in DiT: for the layers that do not start at zero."""
 
     def change(dit):
-        zeros = ("modulation", "final_layer", "skip")
+        zeros = ("modulation", "final_layer", "path")
         for name, layer in dit.named_modules():
             if isinstance(layer, nn.Linear) and not name.endswith(zeros):
                 nn.init.xavier_uniform_(layer.weight)
@@ -312,7 +340,6 @@ def seed_recipe():
     xavier_start()
     predict_v()
     sin_cos()
-    no_skip()
     class_start(0.02, 1)
     uniform_t()
     change_optimizer(betas=(0.9, 0.999), weight_decay=0.01)
@@ -321,33 +348,42 @@ def seed_recipe():
 SEED = {"LEARNING_RATE": 1e-4, "WARMUP_STEPS": 1, "DECAY_SHARE": 0.0}
 SEED |= {"EMA_DECAY": 0.0, "FLIP_SHARE": 0.0, "GRAD_CLIP": 1e9, "BATCH_SIZE": 128}
 
-# The first two stages began with another recipe than train.py has now, in part by their results.
-# Their rows, "default" too, are compared with that one: with these constants, and these functions
-# but for rows that say so.
-BEFORE = {"T_MEAN": 0.8}
-BEFORE_STAGES = ("screening", "finalists")
+# Screening began with another recipe than train.py has now, in part by its results. Its rows,
+# "default" too, are compared with that one: with these functions, but for rows that say so.
+T_BEFORE = {"T_MEAN": 0.8}
+BEFORE = (path_around, rotary, qk_norm, xavier_start)
 WITHOUT = {
+    "no path around the blocks": [path_around],
+    "t mean 0.4, no path around the blocks": [path_around],
+    "learned positions": [rotary],
+    "sin-cos positions": [rotary],
     "PyTorch's own start of weights": [xavier_start],
     "no QK-norm": [qk_norm],
     "t mean 0.4, no QK-norm": [qk_norm],
-    "seed recipe, patch 8": [qk_norm, xavier_start],  # has its own
+    "seed recipe, patch 8": BEFORE,  # has its own
 }
+
+
+def before():
+    for function in BEFORE:
+        function()
+
 
 # name -> constants that differ from the default, and a function that changes the modules
 VARIANTS = {
     "default": ({}, None),
     "v predicted": ({}, predict_v),
-    "no path around the blocks": ({}, no_skip),
+    "no path around the blocks": ({}, None),
     "seed recipe, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
     "t mean 0.4": ({"T_MEAN": 0.4}, None),
     "patch 4": ({"PATCH_SIZE": 4}, None),
-    "t mean 0.4, no path around the blocks": ({"T_MEAN": 0.4}, no_skip),
+    "t mean 0.4, no path around the blocks": ({"T_MEAN": 0.4}, None),
     "t mean 0.4, no QK-norm": ({"T_MEAN": 0.4}, None),
     "t uniform": ({}, uniform_t),
     "width 192": ({"DIM": 192, "HEADS": 6}, None),
     "sin-cos positions": ({}, sin_cos),
     "no QK-norm": ({}, None),
-    "QK-norm with a learned scale": ({}, functools.partial(qk_norm, True)),
+    "learned positions": ({}, None),
     "PyTorch's own start of weights": ({}, None),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
     "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
@@ -374,8 +410,7 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-FINALISTS = ["default", "t mean 0.4", "t mean 0.4, no QK-norm"]
-FINALISTS += ["t mean 0.4, no path around the blocks"]
+FINALISTS = {"recipe before": (T_BEFORE, before), "t mean 0.8": ({"T_MEAN": 0.8}, None)}
 LONG = {  # the first is the largest network that two cores train in some two hours
     "width 256": ({"DIM": 256, "BATCH_SIZE": 32, "LEARNING_RATE": 2e-3}, None),
     "ten pictures a class": ({}, functools.partial(few_pictures, 10)),
@@ -404,7 +439,7 @@ STAGES = {
     },
     "finalists": {
         **LONG_ROWS,
-        "rows": {variant: [90] for variant in FINALISTS},
+        "rows": {variant: [90] for variant in ("default", *FINALISTS)},
         "seeds": [0, 1, 2],
     },
     "head-to-head": {
@@ -418,7 +453,7 @@ STAGES = {
     },
     "long": {**LONG_ROWS, "rows": {"width 256": [770], "ten pictures a class": [60]}, "search": 2},
 }
-ALL = {**VARIANTS, **HEAD_TO_HEAD, **LONG}
+ALL = {**VARIANTS, **FINALISTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
 COLUMNS = ["stage", "size", "variant", "seed", "tflop", "parameters", "gflop_image", "images"]
 COLUMNS += ["minutes", *T, "guidance", "kid", "frechet", "curve", "train_curve"]
@@ -440,9 +475,9 @@ def record_loss_on(images, labels, path):
 def train_row(row, flags, real, stage):
     """Train, measure and append one row to the table: to be run in a process of its own."""
     settings, change = ALL[row["variant"]]
-    if row["stage"] in BEFORE_STAGES:
-        settings = {**BEFORE, **settings}
-        for function in (qk_norm, xavier_start):
+    if row["stage"] == "screening":
+        settings = {**T_BEFORE, **settings}
+        for function in BEFORE:
             if function not in WITHOUT.get(row["variant"], []):
                 function()
     settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": int(row["seed"])}

@@ -19,8 +19,7 @@ def first_losses(monkeypatch, variant):
         for owner, name in (  # what a variant may change: put back at the end
             (model.DiT, "initialize"),
             (model.DiT, "forward"),
-            (model, "Attention"),
-            (model, "rotate"),
+            (torch.nn.functional, "scaled_dot_product_attention"),
             (model, "CLASS_SCALE"),
             (train, "random_batch"),
             (train, "rectified_flow_loss"),
@@ -50,7 +49,9 @@ def first_losses(monkeypatch, variant):
         return losses
 
 
-@pytest.mark.parametrize("variant", [v for v, (_, change) in ablations.VARIANTS.items() if change])
+@pytest.mark.parametrize(
+    "variant", [v for v, (_, c) in {**ablations.VARIANTS, **ablations.FINALISTS}.items() if c]
+)
 def test_every_variant_that_is_code_trains_and_differs(monkeypatch, variant):
     default, changed = (first_losses(monkeypatch, name) for name in ("default", variant))
     assert all(0 < loss < 100 for loss in changed)

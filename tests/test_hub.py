@@ -72,7 +72,7 @@ def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
     # here because the state cannot be pickled, the earlier checkpoint must still stand.
     monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
     first = make()
-    optimizer, log = torch.optim.AdamW(first.parameters()), {"log": ["row"]}
+    optimizer, log = torch.optim.AdamW(first.parameters()), {"log": "row"}
     train.save_checkpoint(first, first, optimizer, {**log, "step": 1})
     with pytest.raises((AttributeError, TypeError, RuntimeError, ValueError)):
         other = make(names=("x",))

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model import DiT, UserError, rotary_table, rotate
+from model import DiT, UserError
 
 SIZES = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
 
@@ -48,15 +47,21 @@ def test_at_the_start_the_network_predicts_zero():
 def test_blocks_start_as_the_identity():
     block = make().blocks[0]
     x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
-    assert torch.equal(block(x, c, *rotary_table(4, 16)), x)
+    assert torch.equal(block(x, c), x)
 
 
-def test_the_skip_path_puts_every_pixel_back_where_it_was():
-    # With x predicted as z_t itself, patchified and unpatchified, the velocity is 0 at each pixel.
+def test_patches_come_back_to_their_place():
+    # While the blocks are the identity, what the network says of a patch is due to that patch.
     model = make()
-    torch.nn.init.ones_(model.skip.bias)
+    torch.nn.init.normal_(model.final_layer.weight)
     z, t, y = inputs()
-    assert model(z, t, y).abs().max() < 1e-6
+    changed = z.clone()
+    changed[:, 1, 5, 10] += 1
+    x, other = (z_ - t[:, None, None, None] * model(z_, t, y) for z_ in (z, changed))
+    moved = (x - other)[1:].abs().amin((0, 1)) > 1e-4
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[4:8, 8:12] = True
+    assert torch.equal(moved, expected)
 
 
 def test_time_and_class_matter_and_pictures_do_not_mix():
@@ -77,15 +82,16 @@ def test_the_null_class_is_one_more_than_the_classes():
         model(z, t, torch.tensor([model.num_classes + 1]))
 
 
-def test_rotary_positions_see_only_distances_in_both_directions():
-    cos, sin = rotary_table(6, 16)
-    q, k = torch.randn(16), torch.randn(16)
-    scores = F.linear(rotate(q.expand(36, 16), cos, sin), rotate(k.expand(36, 16), cos, sin))
-    scores = scores.view(6, 6, 6, 6)  # (row of q, column of q, row of k, column of k)
-    torch.testing.assert_close(scores[0, 0, 2, 3], scores[3, 1, 5, 4], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(scores[4, 5, 1, 2], scores[5, 3, 2, 0], atol=1e-4, rtol=1e-4)
-    assert (scores[0, 0, 0, 1] - scores[0, 0, 1, 0]).abs() > 1e-3  # rows are not columns
-    assert (scores[0, 0, 0, 1] - scores[0, 0, 0, 2]).abs() > 1e-3
+def test_positions_tell_patches_apart():
+    model = shaken(make())
+    z, t, y = inputs()
+    swapped = z.roll(8, dims=3)  # the halves change places, and so do their patches
+    tokens_swap = model(z, t, y).roll(8, dims=3)
+    assert not torch.allclose(model(swapped, t, y), tokens_swap, atol=1e-2)
+    torch.nn.init.zeros_(model.positions)  # without them the network sees a bag of patches
+    torch.testing.assert_close(
+        model(swapped, t, y), model(z, t, y).roll(8, dims=3), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_rotary_positions_see_only_distances_in_both_directions():
     [
         ({"patch_size": 5}, "PATCH_SIZE"),
         ({"heads": 3}, "HEADS"),
-        ({"dim": 36}, "DIM"),
+        ({"dim": 33}, "DIM"),
         ({"dim": 0}, "DIM"),
         ({"depth": 100_000}, "DEPTH"),
     ],

@@ -271,7 +271,7 @@ def test_saved_names_are_the_same_under_compile(tmp_path, monkeypatch):
     model.compile(backend="eager")
     model(torch.zeros(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long))
     monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
-    train.save_checkpoint(model, model, torch.optim.AdamW(model.parameters()), {"log": []})
+    train.save_checkpoint(model, model, torch.optim.AdamW(model.parameters()), {"log": ""})
     plain = DiT(16, 4, 16, 1, 2, ["a"]).state_dict()
     assert set(state(tmp_path)["model"]) == set(plain)
     assert set(DiT.from_pretrained(tmp_path).state_dict()) == set(plain)
