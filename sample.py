@@ -4,13 +4,11 @@ python sample.py                               # a picture of every class, in on
 python sample.py --class-id 3                  # four of class 3
 python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8   # a row of eight for each
 python sample.py --class-id 3 --gif            # and how they came out of the noise
-python sample.py --num-images 20 --save-images many   # single files, a folder a class
 python sample.py --checkpoint you/butterflies  # a model from the Hub
 """
 
 import argparse
 import contextlib
-import difflib
 import math
 import re
 import sys
@@ -116,15 +114,6 @@ def load_model(checkpoint):
         return DiT.from_pretrained(checkpoint)
 
 
-def find_class(names, wanted):
-    """The class id of a name, case ignored; UserError names the nearest."""
-    ids = {name.casefold(): i for i, name in enumerate(names)}
-    if wanted.casefold() not in ids:
-        near = [names[ids[n]] for n in difflib.get_close_matches(wanted.casefold(), ids, cutoff=0)]
-        raise UserError(f'--class-name "{wanted}" is no class here: try {" or ".join(near)}')
-    return ids[wanted.casefold()]
-
-
 def new_parser(description, **kwargs):
     """A parser of flags whose errors are one line: without a usage there is none to print."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -174,7 +163,10 @@ def main():
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(names)))
         return
-    chosen = flags.class_id or [find_class(names, name) for name in flags.class_name or []]
+    ids, wanted = {name.casefold(): i for i, name in enumerate(names)}, flags.class_name or []
+    if unknown := [name for name in wanted if name.casefold() not in ids]:
+        raise UserError(f'--class-name "{unknown[0]}" is no class here: see --list-classes')
+    chosen = flags.class_id or [ids[name.casefold()] for name in wanted]
     chosen = list(dict.fromkeys(chosen))  # a class named twice is one row
     if wrong := [i for i in chosen if not 0 <= i < len(names)]:
         raise UserError(f"--class-id {wrong[0]} is not from 0 to {len(names) - 1} (--list-classes)")

@@ -20,7 +20,6 @@ def first_losses(monkeypatch, variant):
             (model.DiT, "initialize"),
             (model.DiT, "forward"),
             (torch.nn.functional, "scaled_dot_product_attention"),
-            (model, "CLASS_SCALE"),
             (train, "random_batch"),
             (train, "rectified_flow_loss"),
             (torch.optim, "AdamW"),

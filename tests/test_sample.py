@@ -122,8 +122,8 @@ def test_a_gif_has_a_frame_a_step_and_ends_with_the_picture(trained, tmp_path):
     [
         (["--class-id", "3"], ["--class-id 3", "0 to 2"]),
         (["--class-id", "-1"], ["-1"]),
-        (["--class-name", "yelow-spots-tailed"], ["yelow-spots-tailed", "yellow-spots-tailed"]),
-        (["--class-name", "0123456789"], ["0123456789", "red-eyes-pointed"]),
+        (["--class-name", "yelow-spots-tailed"], ["yelow-spots-tailed", "--list-classes"]),
+        (["--class-name", "0123456789"], ["0123456789", "--list-classes"]),
         (["--steps", "0"], ["--steps"]),
         (["--steps", "ten"], ["--steps", "ten"]),
         (["--num-images", "0"], ["--num-images"]),
