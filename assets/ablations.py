@@ -429,8 +429,8 @@ VARIANTS = {
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
 FINALISTS = {"recipe before": (T_BEFORE, before), "t mean 0.8": ({"T_MEAN": 0.8}, None)}
-LONG = {  # the first is the largest network that two cores train in some two hours
-    "width 256": ({"DIM": 256, "BATCH_SIZE": 32, "LEARNING_RATE": 2e-3}, None),
+LONG = {
+    "width 192, longest": ({"DIM": 192, "HEADS": 6, "LEARNING_RATE": 3e-3}, None),
     "ten pictures a class": ({}, functools.partial(few_pictures, 10)),
 }
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
@@ -469,7 +469,7 @@ STAGES = {
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
-    "long": {**LONG_ROWS, "rows": {"width 256": [770], "ten pictures a class": [60]}, "search": 2},
+    "long": {**LONG_ROWS, "rows": {"width 192, longest": [480], "ten pictures a class": [60]}},
 }
 ALL = {**VARIANTS, **FINALISTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
