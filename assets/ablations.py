@@ -469,7 +469,11 @@ STAGES = {
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
-    "long": {**LONG_ROWS, "rows": {"width 192, longest": [480], "ten pictures a class": [60]}},
+    "long": {
+        **LONG_ROWS,
+        "rows": {"width 192, longest": [480], "ten pictures a class": [60]},
+        "search": 2,
+    },
 }
 ALL = {**VARIANTS, **FINALISTS, **HEAD_TO_HEAD, **LONG}
 T = [f"loss_{t}" for t in train.EVAL_T]
