@@ -101,3 +101,38 @@ def test_memory_kept_for_the_way_back_is_counted_once():
     counted = activation_bytes(model, (z, None, t, noise))
     kept = [2 * 3 * 8 * 8, 2 * 3 * 8 * 16, 2 * 3 * 8 * 8, 2 * 3 * 8 * 8]  # z_t, middle, out, v
     assert counted == 4 * sum(kept)
+
+
+def test_the_pictures_of_the_readme_come_from_a_script(trained, tmp_path):
+    out, _ = call("assets/pictures.py", trained / "out", "--output", tmp_path, cwd=tmp_path)
+    assert out.split() == [str(tmp_path / "drawn.png"), str(tmp_path / "strip.png")]
+    with Image.open(tmp_path / "strip.png") as image:  # 5 rows of 11, of 16 pixels and a margin
+        assert image.size == (11 * 18 + 2, 5 * 18 + 2)
+        noise, sample = (image.crop((x, 2, x + 16, 18)).convert("L") for x in (2, 10 * 18 + 2))
+        assert roughness(noise) > 1.5 * roughness(sample)
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert image.size == (15 * 66 + 2, 5 * 66 + 2)
+
+
+def roughness(image):
+    """Mean difference of neighbouring pixels."""
+    pixels = torch.tensor(list(image.getdata())).float().view(image.height, image.width)
+    return pixels.diff(dim=1).abs().mean().item()
+
+
+def test_the_model_that_comes_along_paints_the_colour_that_its_class_says(tmp_path):
+    folder = ROOT / "assets" / "laptop"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
+    classes = [15 * colour + 10 for colour in range(5)]  # plain and round, in each colour
+    flags = ["--checkpoint", folder, "--class-id", *classes, "--num-images", 1, "--steps", 10]
+    call("sample.py", *flags, "--output", tmp_path / "five.png", cwd=tmp_path)
+    drawn, labels, names = draw_butterflies(1, 64, seed=5)
+    assert DiT.from_pretrained(folder).class_names == names
+    wings = slice(20, 44)
+    palette = torch.stack([drawn[c, :, wings, wings].float().mean((1, 2)) for c in classes])
+    with Image.open(tmp_path / "five.png") as image:
+        rows = [image.crop((2, 2 + 66 * i, 66, 66 + 66 * i)).convert("RGB") for i in range(5)]
+    for colour, row in enumerate(rows):
+        pixels = torch.tensor(list(row.getdata())).float().view(64, 64, 3)[wings, wings]
+        nearest = (palette - pixels.mean((0, 1))).norm(dim=1).argmin()
+        assert nearest == colour
