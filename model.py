@@ -6,6 +6,8 @@
 - B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
+import contextlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -115,10 +117,11 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        """As the mixin's, but missing weights are refused."""
+        """As the mixin's, but missing weights are refused, and standard output stays clean."""
         if "class_names" not in kwargs:
             raise UserError(f"no config.json of a nanoDiT model in {model_id}")
-        return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+        with contextlib.redirect_stdout(None):
+            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write."""

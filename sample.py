@@ -52,10 +52,9 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=lam
 
 
 def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, **kwargs):
-    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), a batch at a time, on the CPU,
-    where the noise is drawn too: a seed means the same picture on every device."""
+    """Yield uint8 pictures (b,3,S,S) of the class ids (N,), a batch at a time, on the CPU."""
     device, size = next(model.parameters()).device, model.image_size
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
     for y in class_ids.split(MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH):
         noise = torch.randn(len(y), 3, size, size, generator=generator).to(device)
         with autocast(device):
@@ -109,8 +108,7 @@ def load_model(checkpoint):
     if Path(checkpoint).is_dir() or "/" not in checkpoint:
         if not Path(checkpoint, "config.json").is_file():
             raise UserError(f"no model in {checkpoint}: `python train.py` makes one, in out")
-    what = f"no model from {checkpoint}, its config.json and model.safetensors"
-    with blamed_on(what), contextlib.redirect_stdout(None):  # the mixin would print a line there
+    with blamed_on(f"no model from {checkpoint}, its config.json and model.safetensors"):
         return DiT.from_pretrained(checkpoint)
 
 

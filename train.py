@@ -52,9 +52,9 @@ DIM = 384  # width; a multiple of HEADS
 DEPTH = 12  # blocks
 HEADS = 6  # attention heads
 # optimizer
-STEPS = 10000  # optimizer steps of the whole run
+STEPS = 12000  # optimizer steps of the whole run
 BATCH_SIZE = 256  # pictures a step, of all GPUs together
-LEARNING_RATE = 1e-3  # of AdamW, at its highest
+LEARNING_RATE = 5e-4  # of AdamW, at its highest
 ACCUMULATE = 1  # parts of a batch, one after another: the same gradient in less memory
 GRAD_CLIP = 1.0  # largest norm of the gradient
 LABEL_DROP = 0.1  # pictures seen without their class: what guidance needs
