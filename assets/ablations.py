@@ -471,7 +471,7 @@ STAGES = {
     },
     "long": {
         **LONG_ROWS,
-        "rows": {"width 192, longest": [400], "ten pictures a class": [60]},
+        "rows": {"width 192, longest": [300], "ten pictures a class": [60]},
         "search": 2,
     },
 }
