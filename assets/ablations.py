@@ -429,10 +429,7 @@ VARIANTS = {
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
 FINALISTS = {"recipe before": (T_BEFORE, before), "t mean 0.8": ({"T_MEAN": 0.8}, None)}
-LONG = {
-    "width 192, longest": ({"DIM": 192, "HEADS": 6, "LEARNING_RATE": 3e-3}, None),
-    "ten pictures a class": ({}, functools.partial(few_pictures, 10)),
-}
+LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
     "32x32: default": ({"IMAGE_SIZE": 32, "PATCH_SIZE": 4}, None),
@@ -471,7 +468,7 @@ STAGES = {
     },
     "long": {
         **LONG_ROWS,
-        "rows": {"width 192, longest": [300], "ten pictures a class": [60]},
+        "rows": {"default": [180], "ten pictures a class": [60]},
         "search": 2,
     },
 }
