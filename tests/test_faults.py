@@ -194,7 +194,7 @@ def test_weights_of_another_model_are_one_line(trained, tmp_path):
     DiT(16, 4, 32, 1, 2, ["a", "b", "c"]).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", out)
     line = refused("sample.py", "--checkpoint", "out", cwd=tmp_path)
-    assert "model.safetensors" in line and "size mismatch" in line and "[2, 16, 8]" in line
+    assert "model.safetensors" in line and "size mismatch" in line and "[16, 16]" in line
 
 
 @pytest.mark.parametrize(
