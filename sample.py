@@ -114,9 +114,8 @@ def load_model(checkpoint):
 
 def new_parser(description, **kwargs):
     """A parser of flags whose errors are one line: without a usage there is none to print."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    kwargs |= {"description": description, "formatter_class": formatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, **kwargs)
+    kwargs |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, **kwargs)
 
 
 def run(main):
@@ -134,16 +133,19 @@ def run(main):
 
 def parse_flags():
     parser = new_parser(__doc__)
-    add, either = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    group = parser.add_argument_group("which pictures")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--class-id", type=int, nargs="+", metavar="ID", help="one or several, a row each")
     either("--class-name", nargs="+", metavar="NAME", help="instead of ids; case is ignored")
     either("--list-classes", action="store_true", help="print ids and names, and stop")
     add("--num-images", type=int, metavar="N", help="pictures a class (4; 1 if no class is given)")
+    add = parser.add_argument_group("how they come about").add_argument
     add("--steps", type=int, default=DEFAULT_STEPS, help="Euler steps (%(default)s)")
     add("--cfg-scale", type=float, default=DEFAULT_CFG_SCALE, help="guidance w (%(default)s)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
     add("--checkpoint", default="out", help="a folder or a Hub id (%(default)s)")
+    add = parser.add_argument_group("where they go").add_argument
     add("--output", type=Path, metavar="PNG", help="the grid (samples/<classes>-seed-<seed>.png)")
     add("--gif", action="store_true", help="also the way from noise to pictures, beside the PNG")
     add("--save-images", type=Path, metavar="DIR", help="also each as DIR/<class name>/<n>.png")

@@ -265,9 +265,8 @@ def load_state(settings, flags):
         kept, _ = state["settings"], state["step"]  # KeyError now, not later
         kept = {name: kept.get(name, globals()[name]) for name in SETTINGS}
     for name in (*MODEL_SETTINGS, "SEED"):
-        was, wanted = kept[name], settings.get(name, kept[name])
-        if was != wanted:
-            raise UserError(f"--resume: {name} is {was} in {OUT_DIR} and cannot become {wanted}")
+        if (wanted := settings.get(name, kept[name])) != kept[name]:
+            raise UserError(f"--resume: {name} stays {kept[name]} in {OUT_DIR}, not {wanted}")
     apply_settings({**kept, "OUT_DIR": OUT_DIR, **flags})
     return state
 
@@ -434,14 +433,13 @@ def main():
             now = {name: state[name] for name in now}
             now["losses"] = [loss.to(device) for loss in now["losses"]]
     train(model, ema, optimizer, data, val_data, now, rank, world)
-    print(f"trained in {now['seconds'] / 60:.1f} minutes: see {out / 'samples'}")
     peak = torch.cuda.max_memory_allocated() / 2**30
     if device.type != "cuda" and os.name == "posix":  # Windows keeps no such record
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak /= 2**30 if sys.platform == "darwin" else 2**20
-    print(f"at most {peak:.2f} GiB of memory")
+    print(f"trained in {now['seconds'] / 60:.1f} minutes, {peak:.2f} GiB at most: see {out}")
 
 
 if __name__ == "__main__":
