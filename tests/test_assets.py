@@ -136,3 +136,21 @@ def test_the_model_that_comes_along_paints_the_colour_that_its_class_says(tmp_pa
         pixels = pil_to_tensor(row).float()[:, wings, wings]
         nearest = (palette - pixels.mean((1, 2))).norm(dim=1).argmin()
         assert nearest == colour
+
+
+def test_the_readme_names_files_that_exist_and_quotes_code_that_is_there():
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r'(?:\]\(|src=")([^)"]+)[)"]', text)
+    files = [link for link in links if not link.startswith("http")]
+    assert len(files) > 5 and all((ROOT / file).exists() for file in files)
+    scripts = re.findall(r"python ((?:assets/)?\w+\.py)", text)
+    assert len(scripts) > 10 and all((ROOT / script).exists() for script in scripts)
+    code = "".join(
+        (ROOT / name).read_text("utf-8") for name in ("model.py", "train.py", "sample.py")
+    )
+    method = text.split("## The method")[1].split("\n## ")[0]
+    quoted = [
+        line.replace("\\|", "/").split("|")[1].strip(" `") for line in method.split("\n| ")[1:]
+    ]
+    quoted = [line for line in quoted if line not in ("code", "---")]
+    assert len(quoted) > 8 and all(line in code for line in quoted)
