@@ -382,9 +382,10 @@ WITHOUT = {
 }
 
 
-def before():
+def before(without=()):
     for function in BEFORE:
-        function()
+        if function not in without:
+            function()
 
 
 # name -> constants that differ from the default, and a function that changes the modules
@@ -496,9 +497,7 @@ def train_row(row, flags, real, stage):
     settings, change = ALL[row["variant"]]
     if row["stage"] == "screening":
         settings = {**T_BEFORE, **settings}
-        for function in BEFORE:
-            if function not in WITHOUT.get(row["variant"], []):
-                function()
+        before(WITHOUT.get(row["variant"], ()))
     settings = {**(SMALL if row["size"] == "small" else {}), **settings, "SEED": int(row["seed"])}
     if change:
         change()
