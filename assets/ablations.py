@@ -429,7 +429,7 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-FINALISTS = {"recipe before": (T_BEFORE, before), "t mean 0.8": ({"T_MEAN": 0.8}, None)}
+FINALISTS = {"recipe before": (T_BEFORE, before), "QK-norm": ({}, qk_norm)}
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
@@ -442,7 +442,7 @@ LONG_ROWS = {
     "seeds": [0],
     "samples": 14,
     "steps": 25,
-    "guidance": [1.5, 2.0, 3.0, 4.0, 5.0],
+    "guidance": [2.0, 3.0, 4.0, 5.0, 6.0],
     "search": 5,
 }
 STAGES = {
