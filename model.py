@@ -33,15 +33,15 @@ def modulate(x, shift, scale):
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads = heads
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, T, dim = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(x).view(B, T, 3, len(self.scale), -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
+        x = F.scaled_dot_product_attention(self.scale * norm(q), norm(k), v)  # (B, H, T, D)
         return self.out(x.transpose(1, 2).reshape(B, T, dim))
 
 
