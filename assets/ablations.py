@@ -443,6 +443,7 @@ HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
 # stage -> its rows, variants with the TFLOP they train for; random seeds; samples a class, and
 # their steps. The guidance scale is the best of `guidance`, found with `search` samples a class.
 LONG_ROWS = {
+    "compile": {"bf16": False},
     "seeds": [0],
     "samples": 14,
     "steps": 25,
@@ -468,6 +469,7 @@ STAGES = {
             "32x32: seed recipe, patch 2": [160, 320, 640],
             "32x32: default": [8, 16, 32, 64],
         },
+        "compile": {"bf16": True},  # for the predecessor's 256 tokens: half the time
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
@@ -523,6 +525,8 @@ def train_row(row, flags, real, stage):
     val = train.held_out(labels)
     seen = torch.arange(len(labels))[~val][:: max(1, (~val).sum() // val.sum().clamp_min(1))]
     record_loss_on(images[seen].to(device), labels[seen].to(device), out / "train-curve.txt")
+    if "compile" in stage:
+        compile_training(**stage["compile"])
     train.main()
 
     dit = sample.load_model(out).to(device)
@@ -558,6 +562,14 @@ def score(dit, real, stage):
     seen = samples(stage["samples"], scale)
     kid, frechet = kernel_distance(seen, real), frechet_distance(seen, real)
     return {"guidance": scale, "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
+
+
+def compile_training(bf16):
+    """torch.compile on every device, and bfloat16 if asked: over a long row they pay on a CPU."""
+    trained = train.train
+    train.train = lambda model, *rest: (model.compile(), trained(model, *rest))
+    if bf16:
+        sample.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
 
 
 def read_rows(path):
