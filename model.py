@@ -2,7 +2,7 @@
 
 - Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
 - Large patches; the network predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- Positions are learned, a vector a token; layer norms have no parameters.
+- Learned positions; queries and keys are normed (Henry et al. 2020, arXiv 2010.04245).
 - B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
 """
 
@@ -33,7 +33,7 @@ def modulate(x, shift, scale):
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))  # of normed queries, which stay bounded
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 

@@ -433,7 +433,7 @@ VARIANTS = {
     "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
     **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
 }
-FINALISTS = {"recipe before": (T_BEFORE, before), "no QK-norm": ({}, no_qk_norm)}
+FINALISTS = {"recipe before": (T_BEFORE, before)}
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
     "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
@@ -475,7 +475,7 @@ STAGES = {
     },
     "long": {
         **LONG_ROWS,
-        "rows": {"default": [180], "ten pictures a class": [60]},
+        "rows": {"default": [180], "no QK-norm": [180], "ten pictures a class": [60]},
         "search": 2,
     },
 }

@@ -19,6 +19,7 @@ def first_losses(monkeypatch, variant):
         for owner, name in (  # what a variant may change: put back at the end
             (model.DiT, "initialize"),
             (model.DiT, "forward"),
+            (model.Attention, "forward"),
             (torch.nn.functional, "scaled_dot_product_attention"),
             (train, "random_batch"),
             (train, "rectified_flow_loss"),

@@ -171,6 +171,7 @@ def test_a_pickle_that_would_run_code_does_not(trained, tmp_path):
         {"class_names": ["a", "b"]},
         {"image_size": 16, "patch_size": 8},
         {"image_size": 32},
+        {"heads": 4},
         {"depth": 2},
         {"dim": 32},
         {"dim": "16"},

@@ -50,6 +50,18 @@ def test_blocks_start_as_the_identity():
     assert torch.equal(block(x, c), x)
 
 
+def test_attention_does_not_grow_with_queries_and_keys():
+    attention = make().blocks[0].attention
+    x = torch.randn(2, 16, 32)
+    before = attention(x)
+    with torch.no_grad():
+        attention.qkv.weight[:64] *= 1000  # of q and k
+        attention.qkv.bias[:64] *= 1000
+        torch.testing.assert_close(attention(x), before, atol=1e-3, rtol=0)
+        attention.scale *= 3  # learned: how sharply each head looks
+    assert not torch.allclose(attention(x), before, atol=1e-3)
+
+
 def test_patches_come_back_to_their_place():
     # While the blocks are the identity, what the network says of a patch is due to that patch.
     model = make()
