@@ -466,7 +466,7 @@ STAGES = {
     "head-to-head": {
         **LONG_ROWS,
         "rows": {
-            "32x32: seed recipe, patch 2": [160, 320, 640],
+            "32x32: seed recipe, patch 2": [320, 640],
             "32x32: default": [8, 16, 32, 64],
         },
         "compile": {"bf16": True},  # for the predecessor's 256 tokens: half the time
