@@ -467,7 +467,7 @@ STAGES = {
         **LONG_ROWS,
         "rows": {
             "32x32: seed recipe, patch 2": [320, 640],
-            "32x32: default": [8, 16, 32, 64],
+            "32x32: default": [2, 4, 8, 16, 32],
         },
         "compile": {"bf16": True},  # for the predecessor's 256 tokens: half the time
         "guidance": [1.5, 3.0, 5.0],
@@ -637,11 +637,13 @@ def draw_curves(stage, folder):
         if row["stage"] == stage and row["seed"] == "0"
     ]
     rows.sort(key=lambda row: -float(row["curve"].split(":")[-1]))
+    lengths = len({row["tflop"] for row in rows}) > 1  # then a label says which
     for i, row in enumerate(rows):
         points = [tuple(map(float, pair.split(":"))) for pair in row["curve"].split()]
         style = {"color": "black", "lw": 2.5, "zorder": 3} if row["variant"] == "default" else {}
         style = style or {"color": plt.cm.turbo(i / len(rows)), "lw": 1}
-        axes.plot(*zip(*points), label=row["variant"], **style)
+        label = row["variant"] + f", {row['tflop']} TFLOP" * lengths
+        axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="training TFLOP", ylabel="held-out velocity error", xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize=6, loc="outside right upper")
