@@ -571,10 +571,11 @@ def score(dit, real, stage):
 
 
 def compile_training(bf16):
-    """torch.compile on every device, and bfloat16 if asked: over a long row they pay on a CPU."""
+    """torch.compile on every device, and bfloat16 if asked: over a long row they pay on a CPU, but
+    one without AVX-512 would take ten times as long in bfloat16, which it can only imitate."""
     trained = train.train
     train.train = lambda model, *rest: (model.compile(), trained(model, *rest))
-    if bf16:
+    if bf16 and torch.backends.cpu.get_cpu_capability() != "AVX2":
         sample.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
 
 
