@@ -21,6 +21,7 @@ import functools
 import math
 import multiprocessing
 import shlex
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -534,6 +535,8 @@ def train_row(row, flags, real, stage):
     if "compile" in stage:
         compile_training(**stage["compile"])
     train.main()
+    for number in (signal.SIGINT, signal.SIGTERM):  # train.py only noted them, to end its step
+        signal.signal(number, signal.SIG_DFL)
 
     dit = sample.load_model(out).to(device)
     data = images[val].to(device), labels[val].to(device)
