@@ -83,10 +83,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = load_model(args.checkpoint)
-    judge = train_judge()
     images, labels, names = draw_butterflies(10, 64, seed=2)
     if model.class_names != names or model.image_size != 64:
         raise UserError(f"{args.checkpoint} was not trained on drawn butterflies of 64x64 pixels")
+    judge = train_judge()
     report("fresh drawings", shares(judge, scaled(images), labels))
     labels = torch.arange(75).repeat_interleave(args.num_images)
     samples = torch.cat(list(generate(model, labels, args.seed, args.steps, args.cfg_scale)))
