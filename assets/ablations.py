@@ -578,7 +578,7 @@ def compile_training(bf16):
     one without AVX-512 would take ten times as long in bfloat16, which it can only imitate."""
     trained = train.train
     train.train = lambda model, *rest: (model.compile(), trained(model, *rest))
-    if bf16 and torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if bf16 and "AVX512" in torch.backends.cpu.get_cpu_capability():
         sample.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
 
 
