@@ -1,8 +1,11 @@
 """Shared by all tests: a small folder of pictures, a small run, and a way to call the scripts."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,11 +35,31 @@ def start(script, *arguments, cwd, shell=None, processes=0, **extra):
     return subprocess.Popen(command, cwd=cwd, env=environment(**extra), text=True, **pipes)
 
 
+@functools.cache
+def forks():
+    """The process that tests/forks.py is, which ends with this one."""
+    command = [sys.executable, ROOT / "tests" / "forks.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment(), text=True, **pipes)
+
+
+def finish(script, *arguments, cwd, **extra):
+    """Run it to its end: (exit status, stdout, stderr)."""
+    if extra or sys.platform != "linux":  # elsewhere libraries do not bear a fork
+        process = start(script, *arguments, cwd=cwd, **extra)
+        out, err = process.communicate(timeout=200)
+        return process.returncode, out, err
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("out", "err")]
+        line = [str(ROOT / script), [*map(str, arguments)], str(cwd), environment()]
+        print(json.dumps([*line, *map(str, outputs)]), file=forks().stdin, flush=True)
+        return int(forks().stdout.readline()), *(path.read_text() for path in outputs)
+
+
 def call(script, *arguments, cwd, status=0, **extra):
     """Run it to its end, check its exit status, and return (stdout, stderr)."""
-    process = start(script, *arguments, cwd=cwd, **extra)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    code, out, err = finish(script, *arguments, cwd=cwd, **extra)
+    assert code == status, f"status {code}\n{out}\n{err}"
     assert "Traceback" not in err
     return out, err
 

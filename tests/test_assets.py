@@ -37,7 +37,7 @@ def test_a_folder_without_a_log_is_refused(tmp_path):
 def test_the_judge_tells_drawings_from_mislabelled_ones():
     from assets.judge_drawn import scaled, shares, train_judge
 
-    judge = train_judge(images_per_class=20, epochs=4)
+    judge = train_judge(images_per_class=14)
     images, labels, _ = draw_butterflies(2, 64, seed=9)
     right = shares(judge, scaled(images), labels)
     assert right["colour"] > 0.95 and right["shape"] > 0.8 and right["pattern"] > 0.7
