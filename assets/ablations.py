@@ -473,8 +473,8 @@ STAGES = {
     "head-to-head": {
         **LONG_ROWS,
         "rows": {
-            "32x32: seed recipe, patch 2": [320, 640],
-            "32x32: default": [2, 4, 8, 16, 32],
+            "32x32: seed recipe, patch 2": [320, 720],
+            "32x32: default": [2, 4, 8, 16],
         },
         "compile": {"bf16": True},  # the predecessor's 256 tokens gain most
         "guidance": [1.5, 3.0, 5.0],
