@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-MIN_T = 0.05  # v = (z_t - x) / t is bounded below this t, where small errors of x would be blown up
+MIN_T = 0.05  # smaller t count as this: training draws few, and (z_t - x) / t blows errors of x up
 
 
 class UserError(ValueError):
@@ -61,9 +61,9 @@ class Block(nn.Module):
 
 
 def waves(t):
-    """t (B,) in [0, 1] -> (B, 256): cosines and sines of 1000 t at 128 frequencies, 1 to 1e-4."""
+    """t (B,), from MIN_T to 1 -> (B, 256): cos and sin of 1000 t at 128 frequencies, 1 to 1e-4."""
     frequencies = 1e-4 ** (torch.arange(128, device=t.device) / 128)
-    angles = 1000 * t.float()[:, None] * frequencies
+    angles = 1000 * t.float().clamp_min(MIN_T)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import DiT, UserError
+from model import MIN_T, DiT, UserError
 
 SIZES = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
 
@@ -83,6 +83,15 @@ def test_time_and_class_matter_and_pictures_do_not_mix():
     assert not torch.allclose(v, model(z, t, (y + 1) % 4), atol=1e-3)
     assert not torch.allclose(v[1:4], model(z, t.flip(0) * 0.9 + 0.05, y)[1:4], atol=1e-3)
     torch.testing.assert_close(v[2:3], model(z[2:3], t[2:3], y[2:3]), atol=1e-5, rtol=1e-5)
+
+
+def test_t_that_training_hardly_draws_count_as_the_smallest_that_it_does():
+    model = shaken(make())
+    z, _, y = inputs()
+    v = model(z, torch.full((5,), MIN_T), y)
+    for t in (0.0, 0.01, 0.04):
+        torch.testing.assert_close(model(z, torch.full((5,), t), y), v)
+    assert not torch.allclose(model(z, torch.full((5,), 0.06), y), v, atol=1e-3)
 
 
 def test_the_null_class_is_one_more_than_the_classes():
