@@ -17,6 +17,7 @@ def first_losses(monkeypatch, variant):
     """Training losses of four steps of a variant, on one small network."""
     with monkeypatch.context() as patch:
         for owner, name in (  # what a variant may change: put back at the end
+            (model, "MIN_T"),
             (model.DiT, "initialize"),
             (model.DiT, "forward"),
             (model.Attention, "forward"),
