@@ -1,9 +1,13 @@
 """The network of nanoDiT: a class-conditional diffusion transformer (DiT) on pixels, without a VAE.
 
-- Blocks and adaLN-zero as in DiT (Peebles & Xie 2022, arXiv 2212.09748), without dropout.
-- Large patches; the network predicts the clean picture x (Li & He 2025, arXiv 2511.13720).
-- Learned positions; queries and keys are normed (Henry et al. 2020, arXiv 2010.04245).
-- B pictures of S x S pixels; patches of P x P; T = (S/P)^2 tokens; H heads of D numbers each.
+- Transformer blocks with adaLN-zero, as in DiT (Peebles & Xie 2022, arXiv 2212.09748).
+- Large patches of pixels, from which the network predicts the clean picture x (Li & He 2025,
+  arXiv 2511.13720). forward() turns that prediction into the velocity.
+- Learned position embeddings; normalised queries and keys (Henry et al. 2020, arXiv 2010.04245).
+- No dropout, and no parameters in the norms: adaLN does their scaling.
+
+Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
+each of the H attention heads is D numbers wide, and H * D = dim.
 """
 
 import contextlib
@@ -13,40 +17,45 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-MIN_T = 0.05  # smaller t count as this: training draws few, and (z_t - x) / t blows errors of x up
-
-
-class UserError(ValueError):
-    """What the user can mend: the command lines print it as one line and exit with status 2."""
+# Training draws few t below this, and v = (z_t - x) / t magnifies an error of x by up to 1/t.
+# The network therefore treats every smaller t as this one.
+MIN_T = 0.05
 
 
 def norm(x):
-    """Layer norm over the last dimension, without parameters: what follows does the scaling."""
+    """Layer norm over the last dimension, without learned parameters."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 def modulate(x, shift, scale):
-    """adaLN: shift and scale (B, dim) every token of x (B, T, dim) alike."""
+    """adaLN: shift and scale all tokens of x (B, T, dim) by the same two vectors (B, dim)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over all tokens (B, T, dim)."""
+
     def __init__(self, dim, heads):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(heads, 1, 1))  # of normed queries, which stay bounded
+        self.heads = heads
+        # Normalised queries cannot grow, so each head learns how sharply it attends.
+        self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, T, dim = x.shape
-        qkv = self.qkv(x).view(B, T, 3, len(self.scale), -1)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        x = F.scaled_dot_product_attention(self.scale * norm(q), norm(k), v)  # (B, H, T, D)
-        return self.out(x.transpose(1, 2).reshape(B, T, dim))
+        q = self.scale * norm(q)
+        k = norm(k)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
+        x = x.transpose(1, 2).reshape(B, T, dim)
+        return self.out(x)
 
 
 class Block(nn.Module):
-    """One transformer block; the condition c (B, dim) steers it through adaLN-zero."""
+    """A transformer block. The condition c (B, dim) shifts, scales and gates both of its halves."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -57,11 +66,13 @@ class Block(nn.Module):
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attention(modulate(norm(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))
+        x = x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))
+        return x
 
 
 def waves(t):
-    """t (B,), from MIN_T to 1 -> (B, 256): cos and sin of 1000 t at 128 frequencies, 1 to 1e-4."""
+    """Sinusoidal features of t: (B,) -> (B, 256), the cos and sin of 1000 t at 128 frequencies
+    from 1 down to 1e-4. A t below MIN_T has the features of MIN_T."""
     frequencies = 1e-4 ** (torch.arange(128, device=t.device) / 128)
     angles = 1000 * t.float().clamp_min(MIN_T)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -69,70 +80,146 @@ def waves(t):
 
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
-    Arguments are config.json. image_size: pixels a side, a multiple of patch_size; dim: width, a
-    multiple of heads, or UserError; class_names: in the order of ids; dataset: its name."""
+
+    The arguments, JSON values all, are what config.json holds:
+    image_size: pixels a side; a multiple of patch_size.
+    patch_size: pixels a side of the patches that become tokens.
+    dim: width of the tokens; a multiple of heads.
+    depth: number of blocks.
+    heads: attention heads in each block.
+    class_names: one string a class, in the order of the class ids.
+    dataset: where the pictures came from; only the model card shows it.
+
+    Raises UserError if the sizes are impossible.
+    """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):
         super().__init__()
-        self.class_names, self.dataset = [str(name) for name in class_names], dataset
-        self.num_classes = len(self.class_names)  # also the id of the null class, "no class given"
-        sizes = (image_size, patch_size, dim, depth, heads)
-        tokens, weights = (image_size // max(1, patch_size)) ** 2, 18 * depth * dim**2
-        if min(sizes) < 1 or depth > 1e3 or tokens > 1e5 or weights > 1e9:  # before they are there
-            raise UserError(f"IMAGE_SIZE, PATCH_SIZE, DIM, DEPTH, HEADS cannot be {sizes}")
-        if image_size % patch_size:
-            raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
-        if dim % heads:
-            raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
-        self.image_size, self.patch_size = image_size, patch_size
+        check_sizes(image_size, patch_size, dim, depth, heads)
+        if not class_names or not all(isinstance(name, str) for name in class_names):
+            raise UserError("class_names must be a list of one string a class")
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.class_names = list(class_names)
+        self.dataset = dataset
+        self.num_classes = len(class_names)  # also the id of the null class: "no class given"
+
         self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
-        self.positions = nn.Parameter(torch.randn(tokens, dim))
+        self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.class_embedding = nn.Embedding(self.num_classes + 1, dim)  # scale 1: 0.02 is too slow
+        # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class for long.
+        self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
         self.final_layer = nn.Linear(dim, 3 * patch_size**2)
         self.initialize()
 
     def initialize(self):
-        """adaLN-zero: blocks start as the identity, the output at 0; all else as PyTorch has it."""
-        modulations = [block.modulation for block in self.blocks]
-        for layer in (*modulations, self.final_modulation, self.final_layer):
+        """adaLN-zero: each block starts as the identity, and the prediction of x starts at 0.
+        Everything else keeps PyTorch's own initialisation."""
+        zero_layers = [block.modulation for block in self.blocks]
+        zero_layers += [self.final_modulation, self.final_layer]
+        for layer in zero_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, z, t, y):
-        """Velocity (B,3,S,S) float32 at z_t = (1-t) x + t eps. z: (B,3,S,S) float; t: (B,) from 0,
-        data, to 1, noise; y: (B,) int64 class ids, where num_classes is the null class."""
-        P, side = self.patch_size, self.image_size // self.patch_size
+        """The velocity at z_t = (1-t) x + t eps.
+
+        z: (B,3,S,S) float, noisy pictures; t: (B,) in [0, 1], 0 is data and 1 is noise;
+        y: (B,) int64 class ids, where num_classes is the null class. Returns (B,3,S,S) float32.
+        """
+        P = self.patch_size
+        side = self.image_size // P  # patches in a row
+
+        # The condition is the same for all tokens: time plus class.
         c = F.silu(self.timestep_embedding(waves(t)) + self.class_embedding(y))  # (B, dim)
-        x = F.pixel_unshuffle(z, P).flatten(2).transpose(1, 2)  # (B, T, 3*P*P)
+
+        # Patchify: every P x P patch becomes a token.
+        x = F.pixel_unshuffle(z, P)  # (B, 3*P*P, S/P, S/P)
+        x = x.flatten(2).transpose(1, 2)  # (B, T, 3*P*P)
         x = self.patch_embedding(x) + self.positions  # (B, T, dim)
+
         for block in self.blocks:
             x = block(x, c)
-        x = modulate(norm(x), *self.final_modulation(c).chunk(2, dim=-1))
-        x = self.final_layer(x).float()  # (B, T, 3*P*P)
-        x = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, side)), P)  # (B, 3, S, S)
+
+        shift, scale = self.final_modulation(c).chunk(2, dim=-1)
+        x = self.final_layer(modulate(norm(x), shift, scale)).float()  # (B, T, 3*P*P)
+
+        # Unpatchify: x is now the predicted clean picture.
+        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, 3*P*P, S/P, S/P)
+        x = F.pixel_shuffle(x, P)  # (B, 3, S, S)
+
+        # On the line from x to eps, z_t - x = t (eps - x) = t v.
         return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        """As the mixin's, but missing weights are refused, and standard output stays clean."""
+        """The mixin's, except that missing weights are an error and standard output stays clean."""
         if "class_names" not in kwargs:
-            raise UserError(f"no config.json of a nanoDiT model in {model_id}")
+            raise UserError(f"{model_id} has no config.json of a nanoDiT model")
         with contextlib.redirect_stdout(None):
             return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
 
     def generate_model_card(self, **kwargs):
-        """The README.md that save_pretrained and push_to_hub write."""
-        millions = sum(p.numel() for p in self.parameters()) / 1e6
-        return ModelCard(MODEL_CARD.format(m=self, millions=millions))
-
-
-MODEL_CARD = """---
-{{library_name: nanodit, license: mit, tags: [rectified-flow, dit]}}
+        """The README.md that save_pretrained and push_to_hub write beside the weights."""
+        millions = sum(weight.numel() for weight in self.parameters()) / 1e6
+        return ModelCard(f"""---
+library_name: nanodit
+license: mit
+tags: [rectified-flow, dit]
 ---
-A class-conditional diffusion transformer on pixels, {millions:.2f} M parameters, trained by nanoDiT
-on {m.dataset}: {m.num_classes} classes, {m.image_size}x{m.image_size} pixels. To sample from it:
-`python sample.py --checkpoint <this repository's id> --class-id 0`
-"""
+A class-conditional diffusion transformer on pixels, trained by nanoDiT on {self.dataset}:
+{self.num_classes} classes, {self.image_size}x{self.image_size} pixels, {millions:.2f} M parameters.
+To sample from it: `python sample.py --checkpoint <the id of this repository> --class-id 0`
+""")
+
+
+def check_sizes(image_size, patch_size, dim, depth, heads):
+    """Raise UserError for sizes of which no network can be made, before memory is filled."""
+    sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim}
+    sizes |= {"DEPTH": depth, "HEADS": heads}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{name} is {size!r}: it must be a whole number, at least 1")
+    if image_size % patch_size:
+        raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
+    if dim % heads:
+        raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
+    # A config.json may come from anywhere: refuse what would take gigabytes before training.
+    tokens = (image_size // patch_size) ** 2
+    weights = 18 * depth * dim**2 + 6 * patch_size**2 * dim
+    if depth > 1000 or tokens > 100_000 or weights > 1e9:
+        raise UserError(
+            f"a network of DEPTH {depth} with {tokens:,} tokens and {weights:,} weights is too "
+            "large: lower IMAGE_SIZE, DIM or DEPTH, or raise PATCH_SIZE"
+        )
+
+
+# What sampling and training share.
+
+
+class UserError(Exception):
+    """Something the user can fix: a command line prints it as one line and exits with status 2."""
+
+
+def pick_device(name):
+    """The torch device of that name; "auto" is cuda, else mps, else cpu. Raises UserError if this
+    machine does not have it."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(available[0])
+    if name.split(":")[0] not in available:
+        raise UserError(f'DEVICE "{name}" is not available: choose auto, {", ".join(available)}')
+    return torch.device(name)
+
+
+def autocast(device):
+    """A context in which matrix products run in bfloat16, on GPUs that compute in it; elsewhere
+    bfloat16 would be slow, and everything stays float32."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

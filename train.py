@@ -1,446 +1,435 @@
 """Train nanoDiT: a class-conditional diffusion transformer, as a rectified flow.
 
-    python train.py --preset laptop            # drawn butterflies, three minutes on two CPU cores
-    python train.py                            # photographs from the Hub, sized for one large GPU
-    python train.py --dataset my_pictures      # a folder that holds a folder of pictures a class
-    python train.py --resume                   # go on with the run in out/, whatever stopped it
-    torchrun --nproc_per_node=8 train.py       # the same training, on eight GPUs
+    python train.py --preset laptop            # drawn butterflies: three minutes on two CPU cores
+    python train.py                            # photographs from the Hub: sized for one large GPU
+    python train.py --dataset my_pictures      # a folder that holds one folder of pictures a class
+    python train.py --resume                   # continue the run in out/, whatever stopped it
+    torchrun --nproc_per_node=8 train.py       # the same training on eight GPUs
 
-Every constant below is a flag, as in --dim 256 --out-dir wide. All that a run writes is in out/.
+Every setting is a constant at the top of train.py, and a flag of the same name. Whatever a run
+writes is in its OUT_DIR.
 """
 
 import argparse
 import copy
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
+import common
 import sample
-from assets.draw_butterflies import draw_butterflies
-from model import DiT, UserError
+from data.images import held_out, load_dataset
+from model import DiT, UserError, autocast, check_sizes, pick_device
 
-# input and output
+imported = set(globals())
+
+# --- input and output ---
 DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
-OUT_DIR = "out"  # checkpoints, log and sample grids go here
-EVAL_EVERY = 250  # steps from one row of log.csv to the next, with the held-out loss
+OUT_DIR = "out"  # where checkpoints, the log and sample grids go
+EVAL_EVERY = 250  # steps from one row of log.csv, with the held-out loss, to the next
 SAMPLE_EVERY = 1000  # steps from one grid in samples/ to the next
-CHECKPOINT_EVERY = 500  # steps from one checkpoint to the next; --resume loses no more than these
-# data
+CHECKPOINT_EVERY = 500  # steps from one checkpoint to the next: the most that a crash can cost
+LOG_EVERY = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
+
+# --- data ---
 IMAGE_SIZE = 64  # pixels a side, after resizing and cropping; a multiple of PATCH_SIZE
-FLIP_SHARE = 0.5  # pictures seen mirrored; 0 where left and right differ, as in writing
-# model
-PATCH_SIZE = 4  # pixels a side; half of it costs four times the compute
-DIM = 384  # width; a multiple of HEADS
-DEPTH = 12  # blocks
-HEADS = 6  # attention heads
-# optimizer
+FLIP_SHARE = 0.5  # share of pictures seen mirrored; 0 where left and right differ, as in writing
+
+# --- model ---
+PATCH_SIZE = 4  # pixels a side of a patch; half of it costs four times the compute
+DIM = 384  # width of the transformer; a multiple of HEADS
+DEPTH = 12  # transformer blocks
+HEADS = 6  # attention heads in each block
+
+# --- optimizer ---
 STEPS = 12000  # optimizer steps of the whole run
-BATCH_SIZE = 256  # pictures a step, of all GPUs together
-LEARNING_RATE = 4e-4  # of AdamW, at its highest; smaller networks take more
-ACCUMULATE = 1  # parts of a batch, one after another: the same gradient in less memory
-GRAD_CLIP = 1.0  # largest norm of the gradient
-LABEL_DROP = 0.1  # pictures seen without their class: what guidance needs
-EMA_DECAY = 0.999  # memory of the averaged weights, from which samples are drawn
-# schedule
-WARMUP_STEPS = 200  # of the learning rate, clipped to a tenth of a short run
-DECAY_SHARE = 0.4  # last part of the run, in which the learning rate falls to zero
-# t from 0, data, to 1, noise: the logistic of a normal number (Esser et al., arXiv 2403.03206)
-T_MEAN = 0.4  # above 0: more time on noisy pictures, where shapes and colours are decided
-T_STD = 1.0  # larger: more time near both ends
-# system
-SEED = 0  # of everything drawn at random
-DEVICE = "auto"  # auto is cuda, else mps, else cpu
-COMPILE = 1  # torch.compile on CUDA, where it pays; 0 for never
+BATCH_SIZE = 256  # pictures per step, over all GPUs
+LEARNING_RATE = 4e-4  # peak learning rate of AdamW; smaller networks take a higher one
+ACCUMULATE = 1  # gradient accumulation: parts of a batch, for the same gradient in less memory
+GRAD_CLIP = 1.0  # largest norm of the gradient; 0 for no clipping
+LABEL_DROP = 0.1  # label dropout: share of pictures given the null class, which guidance needs
+EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights, which samples use
 
-# --preset laptop: the drawn butterflies, a network that two CPU cores train in three minutes
-LAPTOP = {"DATASET": "drawn", "PATCH_SIZE": 8, "DIM": 96, "DEPTH": 6, "HEADS": 3, "STEPS": 2600}
-LAPTOP |= {"BATCH_SIZE": 16, "LEARNING_RATE": 3e-3, "EMA_DECAY": 0.998}
+# --- schedule ---
+WARMUP_STEPS = 200  # of the learning rate, but at most a tenth of the run
+DECAY_SHARE = 0.4  # last part of the run, over which the learning rate falls to zero
 
-# name -> comment of every constant above; each is a flag, and kept in train_state.pt
-CONSTANTS = Path(__file__).read_text("utf-8").split("LAPTOP =")[0]
-SETTINGS = dict(re.findall(r"^([A-Z]\w+) = .+?  # (.+)$", CONSTANTS, re.M))
+# --- times: t = sigmoid(T_MEAN + T_STD * n), n normal (Esser et al. 2024, arXiv 2403.03206) ---
+T_MEAN = 0.4  # above 0, more noisy pictures, in which shapes and colours are decided
+T_STD = 1.0  # the larger, the more t near 0 (data) and 1 (noise)
+
+# --- system ---
+SEED = 0  # of all random numbers
+DEVICE = "auto"  # cuda, mps or cpu; auto takes the first of them that is there
+COMPILE = "auto"  # torch.compile: on, off, or auto, which is on for CUDA
+
+# Every bool, int, float and str above is a setting, your own included: a flag, and kept with the
+# run for --resume.
+SETTINGS = {
+    name: value
+    for name, value in globals().items()
+    if name.isupper() and name not in imported and isinstance(value, (bool, int, float, str))
+}
+
+LAPTOP = {  # the drawn butterflies, and a network that two CPU cores train in three minutes
+    "DATASET": "drawn",
+    "PATCH_SIZE": 8,
+    "DIM": 96,
+    "DEPTH": 6,
+    "HEADS": 3,
+    "STEPS": 2600,
+    "BATCH_SIZE": 16,
+    "LEARNING_RATE": 3e-3,
+    "EMA_DECAY": 0.998,
+}
+PRESETS = {"laptop": LAPTOP}
+
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
+EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
 LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
-RUN_FILES = ("config.json", "model.safetensors", "log.csv", "train_state.pt")
-EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the validation loss is the mean over these t
-LOG_EVERY = 10  # steps between looks at the loss: each look makes the CPU wait for the GPU
+
+
+# The method: what is learned, from which batches, at which rate.
 
 
 def rectified_flow_loss(model, x, y, t, noise):
-    """Mean squared error of the velocity on the line from data to noise: a scalar.
-    z_t = (1-t) x + t eps,   v = dz_t/dt = eps - x,   loss = |model(z_t, t, y) - v|^2
-    x, noise: (B,3,S,S); y: (B,) class ids; t: (B,) in [0, 1]. Liu et al. 2022, arXiv 2209.03003."""
+    """Mean squared error of the predicted velocity, a scalar.
+
+        z_t = (1-t) x + t eps
+        v = dz_t/dt = eps - x
+        loss = |model(z_t, t, y) - v|^2
+
+    model: any callable (z, t, y) -> v. x, noise: (B,3,S,S), the pictures in [-1, 1]. y: (B,) class
+    ids. t: (B,) in [0, 1], 0 is data and 1 is noise. Liu et al. 2022, arXiv 2209.03003.
+    """
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * x + t_ * noise
     v = noise - x
     return F.mse_loss(model(z_t, t, y), v)
 
 
+def random_batch(images, labels, num_classes, step):
+    """The training batch of a step, which follows from SEED and the step alone.
+
+    images: uint8 (N,3,S,S); labels: (N,). Returns pictures x (B,3,S,S) in [-1, 1], class ids y
+    (B,), some of them the null class num_classes, times t (B,) and noise (B,3,S,S).
+    """
+    device = images.device if images.is_cuda else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) % 2**63)
+    options = {"generator": generator, "device": device}
+    i = torch.randint(len(images), (BATCH_SIZE,), **options)
+    flipped = torch.rand(BATCH_SIZE, **options) < FLIP_SHARE
+    dropped = torch.rand(BATCH_SIZE, **options) < LABEL_DROP
+    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **options))
+    noise = torch.randn(BATCH_SIZE, *images.shape[1:], **options)
+
+    i, flipped, dropped, t, noise = (a.to(images.device) for a in (i, flipped, dropped, t, noise))
+    x = images[i].float() / 127.5 - 1
+    x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+    y = torch.where(dropped, num_classes, labels[i])
+    return x, y, t, noise
+
+
 @torch.no_grad()
 def validation_loss(model, images, labels, times=EVAL_T):
-    """Mean loss over uint8 images (N,3,S,S) and times, with the same noise every time: a float."""
+    """Mean loss over uint8 images (N,3,S,S) and times, as a float. The noise is the same every
+    time, so that the losses of two runs compare."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0
-    for batch, y in zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH)):
+    batches = zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH))
+    for batch, y in batches:
         x = batch.float() / 127.5 - 1
-        for t in times:
+        for time_ in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
-            t = torch.full((len(x),), t, device=x.device)
-            with sample.autocast(x.device):
+            t = torch.full((len(x),), time_, device=x.device)
+            with autocast(x.device):
                 total += rectified_flow_loss(model, x, y, t, noise) * len(x)
     return total.item() / (len(images) * len(times))
 
 
-def random_batch(images, labels, num_classes, step):
-    """Pictures x, class ids y (some null), times t and noise: all follow from SEED and the step."""
-    device = images.device if images.is_cuda else torch.device("cpu")
-    generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
-
-    def draw(distribution, *shape):
-        return distribution(shape, generator=generator, device=device).to(images.device)
-
-    i = draw(lambda shape, **where: torch.randint(len(images), shape, **where), BATCH_SIZE)
-    x = images[i].float() / 127.5 - 1
-    x = torch.where(draw(torch.rand, BATCH_SIZE, 1, 1, 1) < FLIP_SHARE, x.flip(3), x)
-    y = torch.where(draw(torch.rand, BATCH_SIZE) < LABEL_DROP, num_classes, labels[i])
-    t = torch.sigmoid(T_MEAN + T_STD * draw(torch.randn, BATCH_SIZE))
-    return x, y, t, draw(torch.randn, *x.shape)
-
-
-def load_images(folder, image_size):
-    """A folder of class folders -> uint8 (N,3,S,S), int64 labels (N,), [class names, sorted]. Loose
-    pictures are a class, hidden ones none; broken ones are named; UserError if a class has none."""
-    folder = Path(folder)
-    classes = {d.name: find_pictures(d, "**/*") for d in folder.iterdir() if d.is_dir()}
-    if loose := find_pictures(folder, "*"):
-        classes[folder.resolve().name] = loose
-    names = sorted(name for name in classes if not name.startswith("."))
-    files = [(path, y) for y, name in enumerate(names) for path in classes[name]]
-    options = {"desc": "reading pictures", "leave": False, "disable": None}  # None: on terminals
-    pictures = thread_map(lambda file: read_picture(file[0], image_size), files, **options)
-    if broken := [str(path) for (path, _), picture in zip(files, pictures) if picture is None]:
-        named = ", ".join(broken[:10]) + ", ..." * (len(broken) > 10)
-        print(f"skipped {len(broken)} pictures that cannot be read: {named}", file=sys.stderr)
-    labels = torch.tensor([y for (_, y), picture in zip(files, pictures) if picture is not None])
-    missing = sorted(set(range(len(names))) - set(labels.tolist()))
-    if missing or not names:
-        where = folder / names[missing[0]] if names else folder
-        raise UserError(f"no pictures in {where}: put some there, or remove an empty class")
-    return torch.stack([picture for picture in pictures if picture is not None]), labels, names
-
-
-def find_pictures(folder, pattern):
-    """Paths of the pictures that match, sorted; nothing hidden, nor in a hidden folder."""
-    paths = [p for p in folder.glob(pattern) if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif")]
-    shown = [p for p in paths if "/." not in f"/{p.relative_to(folder).as_posix()}"]
-    return sorted(path for path in shown if path.is_file())
-
-
-def read_picture(path, image_size):
-    """uint8 (3,S,S): upright, on white, short side resized, centre cropped; None if unreadable."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip to white
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (image_size, image_size)))
-    except Exception:  # a broken file can raise nearly anything
-        return None
-
-
-def load_dataset():
-    """What DATASET names, as load_images returns it. The Hub's go into the Hub's own cache."""
-    if DATASET == "drawn":
-        return draw_butterflies(images_per_class=54, image_size=IMAGE_SIZE, seed=0)
-    if Path(DATASET).is_dir():
-        return load_images(DATASET, IMAGE_SIZE)
-    with sample.blamed_on(f"no data at {DATASET}; try --preset laptop, or --dataset FOLDER"):
-        folder = snapshot_download(DATASET, repo_type="dataset")
-    return load_images(folder, IMAGE_SIZE)
-
-
-def held_out(labels):
-    """Mask (N,) of the validation pictures: every twentieth of each class that has two or more."""
-    counts = torch.bincount(labels)
-    place_in_class = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]
-    return (place_in_class % 20 == 0) & (counts[labels] > 1)
-
-
 def learning_rate_at(step):
-    """Linear warmup, constant, linear decay to zero just after the last of the steps 1 to STEPS."""
-    warmup = max(1, min(WARMUP_STEPS, STEPS // 10))
-    decay = max(1, DECAY_SHARE * STEPS)
-    return LEARNING_RATE * min(1, step / warmup, (STEPS + 1 - step) / decay)
+    """Linear warmup, then constant, then a linear decay that would reach zero after step STEPS."""
+    warmup_steps = max(1, min(WARMUP_STEPS, STEPS // 10))
+    decay_steps = max(1, DECAY_SHARE * STEPS)
+    return LEARNING_RATE * min(1, step / warmup_steps, (STEPS + 1 - step) / decay_steps)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Average over about 1 / (1 - EMA_DECAY) steps; early on over fewer, or it stays grey."""
+    """Move the averaged weights towards the model's. The average is over fewer steps at first, or
+    the random weights of the start would stay in it for long."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def save_checkpoint(model, ema, optimizer, now):
-    """Write beside, then rename; the state last, for it alone decides where --resume goes on."""
-    state = {**now, "model": model.state_dict(), "ema": ema.state_dict()}
-    state |= {"optimizer": optimizer.state_dict(), "class_names": model.class_names}
-    state |= {"settings": {name: globals()[name] for name in SETTINGS}}
-    beside = Path(OUT_DIR, ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    with sample.blamed_on(f"cannot write to {OUT_DIR}, whose last checkpoint stays"):
-        ema.save_pretrained(beside)
-        (beside / "log.csv").write_text(now["log"])
-        torch.save(state, beside / "train_state.pt")
-        for name in RUN_FILES:
-            (beside / name).replace(Path(OUT_DIR, name))
-    shutil.rmtree(beside)
-
-
-def save_grid(ema, step):
-    """A picture of every class, or of 75 spread over them, from the same noise every time."""
-    classes = torch.linspace(0, ema.num_classes - 1, min(ema.num_classes, 75)).round().long()
-    grid = sample.to_grid(torch.cat(list(sample.generate(ema, classes, seed=SEED))))
-    path = Path(OUT_DIR, "samples", f"step-{step:06}.png")
-    sample.write_beside(path, lambda beside: grid.save(beside, "PNG"))
-
-
-def parse_flags():
-    """(options, the constants among them); a constant's comment is the help of its flag."""
-    parser = sample.new_parser(__doc__, argument_default=argparse.SUPPRESS)
-    group = parser.add_argument_group("how to begin")
-    group.add_argument("--preset", choices=["laptop"], help="the constants in LAPTOP")
-    either = group.add_mutually_exclusive_group().add_argument
-    either("--init-from", metavar="MODEL", help="start from trained weights: a folder or a Hub id")
-    either("--resume", action="store_true", help="go on with the run in OUT_DIR")
-    either("--overwrite", action="store_true", help="replace the run in OUT_DIR")
-    for title, name in re.findall(r"^# ([a-z ]+)$|^([A-Z]\w+) = ", CONSTANTS, re.M):
-        if title:
-            group = parser.add_argument_group(title)
-        else:
-            default, flag = globals()[name], "--" + name.lower().replace("_", "-")
-            text = f"{SETTINGS[name]} ({default})"
-            group.add_argument(flag, dest=name, type=type(default), metavar="", help=text)
-    options = vars(parser.parse_args())
-    return options, {name: options[name] for name in SETTINGS if name in options}
-
-
-def apply_settings(settings):
-    """Make the settings the constants of this module; UserError names one that cannot be."""
-    for name, value in settings.items():
-        lowest = {"SEED": 0, "COMPILE": 0, "T_MEAN": -100}.get(name, isinstance(value, int))
-        if not isinstance(value, str) and not lowest <= value < 3e38:
-            raise UserError(f"{name} cannot be {value}: {int(lowest)} is the lowest")
-    globals().update(settings)
-
-
-def load_state(settings, flags):
-    """The state of the run in OUT_DIR; its settings become the constants, but for the flags."""
-    path = Path(OUT_DIR, "train_state.pt")
-    what = f"--resume: {path} is missing, damaged, or no state of a run"
-    with sample.blamed_on(f"{what}; leave --resume away, or name --out-dir"):
-        if record := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
-            raise UserError(f"the checksum of {record} is another")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        kept, _ = state["settings"], state["step"]  # KeyError now, not later
-        kept = {name: kept.get(name, globals()[name]) for name in SETTINGS}
-    for name in (*MODEL_SETTINGS, "SEED"):
-        if (wanted := settings.get(name, kept[name])) != kept[name]:
-            raise UserError(f"--resume: {name} stays {kept[name]} in {OUT_DIR}, not {wanted}")
-    apply_settings({**kept, "OUT_DIR": OUT_DIR, **flags})
-    return state
+def flops_per_image():
+    """Floating-point operations of one picture's forward and backward pass, counted."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes, no numbers
+        model = new_model(["any"])
+        x = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        y = torch.zeros(1, dtype=torch.long)
+        rectified_flow_loss(model, x, y, torch.ones(1), x).backward()
+    return counter.get_total_flops()
 
 
 def new_model(class_names):
+    """A DiT of the sizes in the constants, with random weights."""
     sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
     dataset = Path(DATASET).resolve().name if Path(DATASET).is_dir() else DATASET
     return DiT(class_names=class_names, dataset=dataset, **sizes)
 
 
-def flops_per_image():
-    """What training costs: operations of one picture's way forward and backward, counted."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes, no numbers
-        x, y = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, dtype=torch.long)
-        rectified_flow_loss(new_model(["any"]), x, y, torch.ones(1), x).backward()
-    return counter.get_total_flops()
+# Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
 
 
-def start_process(device):
-    """(number of this process, number of all): torchrun starts several, which meet here."""
+def parse_flags(arguments=None):
+    """The command line as two dictionaries: how to begin, and the settings among the flags."""
+    parser = common.new_parser(__doc__, argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("how to begin")
+    group.add_argument("--preset", choices=PRESETS, help="change several settings at once")
+    one_of = group.add_mutually_exclusive_group()
+    one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
+    one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
+    one_of.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
+    common.add_setting_flags(parser, SETTINGS, source=__file__)
+    options = vars(parser.parse_args(arguments))
+    flags = {name: options.pop(name) for name in SETTINGS if name in options}
+    return options, flags
+
+
+def check_settings():
+    """Raise UserError, with the constant's name, for a value with which no training could run."""
+    values = globals()
+    intervals = ("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY", "LOG_EVERY")
+    for name in (*MODEL_SETTINGS, *intervals, "STEPS", "BATCH_SIZE", "ACCUMULATE"):
+        common.check_number(values, name, lowest=1, whole=True)
+    check_sizes(*(values[name] for name in MODEL_SETTINGS))
+    common.check_number(values, "WARMUP_STEPS", lowest=0, whole=True)
+    common.check_number(values, "SEED", lowest=0, highest=2**63 - 1, whole=True)
+    for name in ("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"):
+        common.check_number(values, name, lowest=0, highest=1)
+    for name in ("LEARNING_RATE", "GRAD_CLIP", "T_STD"):
+        common.check_number(values, name, lowest=0)
+    common.check_number(values, "T_MEAN")
+    if COMPILE not in ("auto", "on", "off"):
+        raise UserError(f"COMPILE is {COMPILE!r}: choose auto, on or off")
+
+
+def resume_settings(state, preset, flags):
+    """Make the settings of a resumed run the constants, except for those that flags change.
+    Raises UserError if that would make it another run."""
+    kept = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
+    wanted = {**kept, **preset, **flags}
+    for name in (*MODEL_SETTINGS, "SEED"):
+        if wanted[name] != kept[name]:
+            raise UserError(f"--resume: {name} is {kept[name]} in {OUT_DIR}, not {wanted[name]}")
+    globals().update({**kept, **flags, "OUT_DIR": OUT_DIR})
+
+
+# Checkpoints
+
+
+def save_checkpoint(model, ema, optimizer, progress):
+    """Write the EMA weights, and train_state.pt with everything that --resume needs.
+
+    progress: {"step": the last one done, "seconds": spent, "losses": since the last row of the
+    log}. Every file is written beside its place and then renamed, the state last, as it alone says
+    where --resume continues. Raises UserError if that fails; the last checkpoint stays.
+    """
+    state = {
+        **progress,
+        "settings": {name: globals()[name] for name in SETTINGS},
+        "class_names": model.class_names,
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    beside = Path(OUT_DIR, ".writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        ema.save_pretrained(beside)
+        torch.save(state, beside / "train_state.pt")
+        for name in CHECKPOINT_FILES:
+            (beside / name).replace(Path(OUT_DIR, name))
+        shutil.rmtree(beside)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        message = f"cannot write to {OUT_DIR}, which keeps its last checkpoint: {error}"
+        raise UserError(message) from error
+
+
+def main(arguments=None):
+    """Train, with a list of flags such as ["--steps", "100"]; by default those of the command
+    line. Afterwards the constants are what they were before."""
+    constants = {name: globals()[name] for name in SETTINGS}
+    try:
+        train(*parse_flags(arguments))
+    finally:
+        globals().update(constants)
+
+
+def train(options, flags):
+    """The whole run, from top to bottom. The arguments are what parse_flags returns."""
+    # Settings: a preset changes the constants, then the flags do; a resumed run brings its own.
+    preset = PRESETS.get(options.get("preset"), {})
+    globals().update({**preset, **flags})
+    out = Path(OUT_DIR)
+    state = None
+    if "resume" in options:
+        state = common.load_state(out / "train_state.pt")
+        resume_settings(state, preset, flags)
+    check_settings()
+    if state and state["step"] >= STEPS:
+        print(f"the run in {out} is finished, at step {state['step']}; to train on, raise --steps")
+        return
+    holds_run = any((out / name).exists() for name in (*CHECKPOINT_FILES, "log.csv"))
+    if holds_run and not state and "overwrite" not in options:
+        raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
+
+    # Device and processes. torchrun starts several; the master alone prints and writes.
+    device = pick_device(DEVICE)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    master = rank == 0
     if world > BATCH_SIZE:
-        raise UserError(f"BATCH_SIZE {BATCH_SIZE} is less than a picture for each of {world} GPUs")
+        raise UserError(f"BATCH_SIZE {BATCH_SIZE} is too small for {world} processes")
     if world > 1:
-        with sample.blamed_on(f"process {rank} of {world} cannot start"):
-            if device.type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
-    if rank > 0:  # the first process alone speaks and writes; errors are for all
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return rank, world
+        backend = "gloo"
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"  # some of the tensors reduced below are on the CPU
+        dist.init_process_group(backend)
+    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
+    # Data: all pictures are held on the device.
+    common.make_folder(out / "samples")
+    images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
+    val = held_out(labels)
+    train_images, train_labels = images[~val].to(device), labels[~val].to(device)
+    val_images, val_labels = train_images, train_labels
+    if val.any():  # else there are too few pictures to hold any out
+        val_images, val_labels = images[val].to(device), labels[val].to(device)
 
-def init_from(checkpoint, model):
-    """Give `model` the weights of a trained one; with other classes, class embeddings stay new."""
-    trained = sample.load_model(checkpoint)
-    if trained.class_names != model.class_names:
-        print(f"{checkpoint} knows other classes: class embeddings start anew")
-        trained.class_embedding = model.class_embedding
-    with sample.blamed_on(f"--init-from {checkpoint} needs the sizes it was trained with"):
-        model.load_state_dict(trained.state_dict())
-
-
-def train_step(model, optimizer, batch, rank=0, world=1):
-    """A step of the optimizer: this process's share of the loss, and the norm of the gradient."""
-    parts = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
-    total = torch.zeros((), device=batch[0].device)
-    for x, y, t, noise in zip(*parts):
-        model.require_backward_grad_sync = x is parts[0][-1]  # once a step is enough
-        with sample.autocast(x.device):
-            loss = rectified_flow_loss(model, x, y, t, noise) * (len(x) / BATCH_SIZE)
-        (loss * world).backward()  # of the gradients, processes take the mean
-        total += loss.detach()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total, gradient_norm
-
-
-def train(model, ema, optimizer, data, val_data, now, rank, world):
-    """The steps that are left, with losses, log, grids and checkpoints; a signal ends them."""
-    out, device = Path(OUT_DIR), data[0].device
-    row_step, row_time, first_step = now["step"], time.perf_counter(), now["step"] + 1
-    started = row_time - now["seconds"]
-    if COMPILE and device.type == "cuda":
+    # Model, its average and the optimizer: new, from trained weights, or of the run resumed.
+    torch.manual_seed(SEED)
+    model = new_model(class_names).to(device)
+    if "init_from" in options:
+        common.start_from(options["init_from"], model)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    progress = {"step": 0, "seconds": 0.0, "losses": []}
+    if state:
+        common.restore(state, model, ema, optimizer)
+        progress = {name: state[name] for name in progress}
+    steps_done = progress["step"]
+    losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
+    if COMPILE == "on" or (COMPILE == "auto" and device.type == "cuda"):
         model.compile()  # in place, so that the weights keep their names
-    # Processes meet here: before the first one writes to OUT_DIR, all have read what was there.
     parallel = DistributedDataParallel(model) if world > 1 else model
-    if rank == 0 and now["step"] == 0:
-        for old in (out / "samples").glob("step-*.png"):  # of the run that --overwrite replaces
-            old.unlink()
-        save_checkpoint(model, ema, optimizer, now)  # from here on --resume works
-    caught = []  # signals; the step under way is ended first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    options = {"unit": "img", "unit_scale": True, "initial": now["step"] * BATCH_SIZE}
-    with tqdm(total=STEPS * BATCH_SIZE, smoothing=0, disable=rank > 0, **options) as bar:
-        for step in range(first_step, STEPS + 1):
+
+    # Files. From here on every process has read OUT_DIR, and the master may change it.
+    classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, 75)).round().long()
+    if master:
+        common.print_summary(model, images, val, flops_per_image(), device)
+        if not state:
+            for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
+                grid.unlink()
+            save_checkpoint(model, ema, optimizer, progress)  # from here on --resume works
+        common.start_log(out / "log.csv", LOG_HEADER, steps_done)
+
+    # The loop
+    max_norm = GRAD_CLIP if GRAD_CLIP > 0 else math.inf
+    started = time.perf_counter() - progress["seconds"]
+    row_step, row_time = steps_done, time.perf_counter()  # of the last row of the log
+    bar = tqdm(unit="img", unit_scale=True, total=STEPS * BATCH_SIZE, disable=not master)
+    bar.update(steps_done * BATCH_SIZE)
+    with bar, common.stop_signals() as signals:
+        for step in range(steps_done + 1, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
-            batch = random_batch(*data, ema.num_classes, step)
-            loss, gradient_norm = train_step(parallel, optimizer, batch, rank, world)
+
+            # The batch is the same in every process. Each takes its slice, in ACCUMULATE parts,
+            # whose gradients add up to that of the whole batch.
+            batch = random_batch(train_images, train_labels, model.num_classes, step)
+            parts = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
+            step_loss = torch.zeros((), device=device)
+            for number, (x, y, t, noise) in enumerate(zip(*parts), 1):
+                parallel.require_backward_grad_sync = number == len(parts[0])  # once a step
+                with autocast(device):
+                    loss = rectified_flow_loss(parallel, x, y, t, noise)
+                loss = loss * (len(x) / BATCH_SIZE)
+                (loss * world).backward()  # DDP takes the mean over processes; this is their sum
+                step_loss += loss.detach()
+
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
             update_ema(ema, model, step)
-            now["step"] = step
-            stop = torch.tensor(len(caught))
-            if world > 1:
-                dist.all_reduce(loss)  # the sum over all processes
-                dist.all_reduce(stop)  # a signal to one stops all, after the same step
-            now["losses"].append(loss)
-            if step == first_step:  # takes long, where it compiles: the time left looks past it
-                bar.unpause()
             bar.update(BATCH_SIZE)
-            intervals = (EVAL_EVERY, SAMPLE_EVERY, CHECKPOINT_EVERY, LOG_EVERY)
-            evaluate, show, save, look = (step % n == 0 or step == STEPS for n in intervals)
-            if evaluate or show or save or look or stop:
-                train_loss = torch.stack(now["losses"]).mean().item()
-                if not math.isfinite(train_loss + gradient_norm.item()):
+
+            # The loss is the sum over processes. A signal to one of them stops all, at this step.
+            stop = len(signals) > 0
+            if world > 1:
+                dist.all_reduce(step_loss)
+                stops = torch.tensor(int(stop))
+                dist.all_reduce(stops)
+                stop = stops.item() > 0
+            losses.append(step_loss)
+
+            # Look at the loss, which makes the CPU wait for the GPU.
+            evaluate = step % EVAL_EVERY == 0 or step == STEPS
+            save = step % CHECKPOINT_EVERY == 0 or step == STEPS or stop
+            if step % LOG_EVERY == 0 or evaluate or save:
+                train_loss = torch.stack(losses).mean().item()
+                bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
+                if not math.isfinite(train_loss) or not gradient_norm.isfinite():
                     hint = f"lower LEARNING_RATE {LEARNING_RATE}; {out} keeps its last checkpoint"
                     raise UserError(f"the loss is not finite at step {step}; {hint}")
-                bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
+
+            # Evaluate, and add a row to the log.
             if evaluate:
-                rate = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
-                val_loss = validation_loss(ema, *val_data)
-                row_step, row_time = step, time.perf_counter()
-                row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-                now["log"] += f"{row},{rate:.1f},{row_time - started:.1f}\n"
-                now["losses"] = []
-                bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
-            if rank == 0 and evaluate:
-                sample.write_beside(out / "log.csv", lambda log: log.write_text(now["log"]))
-            if rank == 0 and show:
-                save_grid(ema, step)
-            if rank == 0 and (save or stop):
-                now["seconds"] = time.perf_counter() - started
-                save_checkpoint(model, ema, optimizer, now)
+                row_images = (step - row_step) * BATCH_SIZE
+                images_per_second = row_images / (time.perf_counter() - row_time)
+                val_loss = validation_loss(ema, val_images, val_labels)
+                row_step, row_time, losses = step, time.perf_counter(), []
+                if master:
+                    bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
+                    row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
+                    row += f",{images_per_second:.1f},{row_time - started:.1f}"
+                    common.add_row(out / "log.csv", row)
+
+            # Sample from the averaged weights: the same classes and noise each time.
+            if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
+                pictures = torch.cat(list(sample.generate(ema, classes, seed=SEED)))
+                grid = out / "samples" / f"step-{step:06}.png"
+                common.save_picture(sample.to_grid(pictures), grid)
+
+            if master and save:
+                seconds = time.perf_counter() - started
+                progress = {"step": step, "seconds": seconds, "losses": losses}
+                save_checkpoint(model, ema, optimizer, progress)
             if stop:
                 break
+
     if world > 1:
         dist.destroy_process_group()
     if stop:
-        print(f"stopped at step {step} with the state in {out}: --resume goes on", file=sys.stderr)
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
-
-
-def main():
-    options, flags = parse_flags()
-    settings = {**(LAPTOP if "preset" in options else {}), **flags}
-    apply_settings(settings)
-    state = load_state(settings, flags) if "resume" in options else None
-    out = Path(OUT_DIR)
-    if state and state["step"] >= STEPS:
-        print(f"the run in {out} is finished, at step {state['step']}; more --steps go on")
-        return
-    if not (state or "overwrite" in options) and any((out / name).exists() for name in RUN_FILES):
-        raise UserError(f"{out} holds a run: --resume it, --overwrite it, or name an --out-dir")
-    device = sample.pick_device(DEVICE)
-    rank, world = start_process(device)
-    flops = flops_per_image()
-    if device.type == "cpu":
-        minutes = flops * BATCH_SIZE * STEPS / 1e11 / 60
-        print(f"about {minutes:,.0f} minutes on two CPU cores; --preset laptop takes about three")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    images, labels, class_names = load_dataset()
-    val = held_out(labels)
-    data = images[~val].to(device), labels[~val].to(device)
-    val_data = (images[val].to(device), labels[val].to(device)) if val.any() else data
-    torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    model = new_model(class_names).to(device)
-    if "init_from" in options:
-        init_from(options["init_from"], model)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    millions = sum(w.numel() for w in model.parameters()) / 1e6
-    print(f"{len(class_names)} classes, {len(images)} pictures, {val.sum()} of them held out")
-    print(f"{millions:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, {device}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-    now = {"step": 0, "seconds": 0.0, "log": LOG_HEADER, "losses": []}  # since the last row
-    if state:
-        with sample.blamed_on(f"{out / 'train_state.pt'} does not fit"):
-            if class_names != state["class_names"]:
-                raise UserError(f"{DATASET} has other classes than the run in {out}")
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            now = {name: state[name] for name in now}
-            now["losses"] = [loss.to(device) for loss in now["losses"]]
-    train(model, ema, optimizer, data, val_data, now, rank, world)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    if device.type != "cuda" and os.name == "posix":  # Windows keeps no such record
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak /= 2**30 if sys.platform == "darwin" else 2**20
-    print(f"trained in {now['seconds'] / 60:.1f} minutes, {peak:.2f} GiB at most: see {out}")
+        print(f"stopped at step {step} and saved in {out}: continue with --resume", file=sys.stderr)
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+    if master:
+        print(f"trained in {seconds / 60:.1f} minutes: see {out}")
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run_command(main, if_out_of_memory="lower BATCH_SIZE, or raise ACCUMULATE")

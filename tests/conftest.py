@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from assets.draw_butterflies import draw_butterflies
+from data.drawn import draw_butterflies
 
 ROOT = Path(__file__).parents[1]
 # One block of width 16 on pictures of 16x16: a step takes milliseconds.

@@ -1,4 +1,4 @@
-"""assets/ablations.py: every variant trains and is one; rows are equal in compute and kept."""
+"""experiments/ablations.py: every variant trains and is one; rows are equal in compute and kept."""
 
 import csv
 
@@ -8,7 +8,7 @@ from conftest import call, refused
 
 import model
 import train
-from assets import ablations
+from experiments import ablations
 
 SMALLER = {"IMAGE_SIZE": 16, "PATCH_SIZE": 4, "DIM": 64, "DEPTH": 2, "HEADS": 2, "BATCH_SIZE": 4}
 
@@ -30,7 +30,7 @@ def first_losses(monkeypatch, variant):
         settings, change = ablations.ALL[variant]
         for name in train.SETTINGS:
             patch.setattr(train, name, getattr(train, name))
-        train.apply_settings(SMALLER)
+        vars(train).update(SMALLER)
         if change:
             change()
         torch.manual_seed(0)
@@ -63,11 +63,11 @@ def test_every_variant_that_is_code_trains_and_differs(monkeypatch, variant):
 def test_training_on_few_pictures_keeps_those_held_out(monkeypatch):
     labels = torch.arange(3).repeat_interleave(45)
     images = torch.arange(135).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    monkeypatch.setattr(train, "load_dataset", lambda: (images, labels, ["a", "b", "c"]))
+    monkeypatch.setattr(train, "load_dataset", lambda name, size: (images, labels, ["a", "b", "c"]))
     monkeypatch.setattr(train, "held_out", train.held_out)
     held_out = images[train.held_out(labels)]
     ablations.few_pictures(10)
-    images, labels, _ = train.load_dataset()
+    images, labels, _ = train.load_dataset("any", 2)
     val = train.held_out(labels)
     assert torch.equal(images[val], held_out)
     assert torch.bincount(labels[~val]).tolist() == [10, 10, 10]
@@ -87,12 +87,12 @@ def rows(folder):
 def test_rows_are_equal_in_compute_and_run_once(pictures, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("efficientnet_lite_pytorch")
-    command = ["assets/ablations.py", "screening", "--tflop", 0.066, "--dataset", pictures]
+    command = ["experiments/ablations.py", "screening", "--tflop", 0.066, "--dataset", pictures]
     command += ["--output", tmp_path, "--runs", tmp_path / "runs", "--held-out", pictures]
-    call(*command, "--only", "default", "width 96", cwd=tmp_path)
-    default, narrow = rows(tmp_path)
-    assert [default["variant"], narrow["variant"]] == ["default", "width 96"]
-    for row in (default, narrow):
+    call(*command, "--only", "default", "width 192", cwd=tmp_path)
+    default, wide = rows(tmp_path)
+    assert [default["variant"], wide["variant"]] == ["default", "width 192"]
+    for row in (default, wide):
         spent = int(row["images"]) * float(row["gflop_image"]) / 1000
         assert spent == pytest.approx(0.066, rel=0.08)  # whole steps
         assert all(float(row[name]) > 0 for name in (*ablations.T, "kid", "frechet", "minutes"))
@@ -101,17 +101,17 @@ def test_rows_are_equal_in_compute_and_run_once(pictures, tmp_path):
         assert float(last[0]) == pytest.approx(spent, rel=0.01)
         mean = sum(float(row[name]) for name in ablations.T) / len(ablations.T)
         assert float(last[1]) == pytest.approx(mean, rel=0.15)  # other noise, same pictures
-    assert int(narrow["images"]) > 1.2 * int(default["images"])
+    assert int(wide["images"]) < 0.8 * int(default["images"])
     table = (tmp_path / "ablations-screening.md").read_text()
-    assert "| default |" in table and "| width 96 |" in table
+    assert "| default |" in table and "| width 192 |" in table
     assert (tmp_path / "ablations-screening.png").stat().st_size > 10_000
 
     before = (tmp_path / "ablations.csv").read_bytes()
-    out, _ = call(*command, "--only", "width 96", "default", cwd=tmp_path)
+    out, _ = call(*command, "--only", "width 192", "default", cwd=tmp_path)
     assert "train.py" not in out  # nothing was trained
     assert (tmp_path / "ablations.csv").read_bytes() == before
 
 
 def test_a_variant_that_is_none_is_refused(tmp_path):
-    line = refused("assets/ablations.py", "screening", "--only", "luck", cwd=tmp_path)
-    assert "luck" in line and "no flips" in line
+    line = refused("experiments/ablations.py", "screening", "--only", "luck", cwd=tmp_path)
+    assert "luck" in line and "no EMA" in line

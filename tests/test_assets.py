@@ -10,15 +10,15 @@ from conftest import ROOT, SMALL, call, refused
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from assets.draw_butterflies import draw_butterflies
-from assets.speed import activation_bytes
+from data.drawn import draw_butterflies
+from experiments.speed import activation_bytes
 from model import DiT
 
 
 def test_the_losses_of_a_run_are_drawn(trained, tmp_path):
     pytest.importorskip("matplotlib")
     flags = [trained / "out", "--output", tmp_path / "loss.png"]
-    out, _ = call("assets/plot_loss.py", *flags, cwd=tmp_path)
+    out, _ = call("experiments/plot_loss.py", *flags, cwd=tmp_path)
     assert out.strip() == str(tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 20  # lines, not an empty sheet
@@ -26,16 +26,17 @@ def test_the_losses_of_a_run_are_drawn(trained, tmp_path):
 
 def test_without_matplotlib_it_says_so(trained, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    line = refused("assets/plot_loss.py", trained / "out", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    script, extra = "experiments/plot_loss.py", {"PYTHONPATH": str(tmp_path)}
+    line = refused(script, trained / "out", cwd=tmp_path, **extra)
     assert "pip install matplotlib" in line
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
-    assert "log.csv" in refused("assets/plot_loss.py", tmp_path, cwd=tmp_path)
+    assert "log.csv" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
 
 
 def test_the_judge_tells_drawings_from_mislabelled_ones():
-    from assets.judge_drawn import scaled, shares, train_judge
+    from experiments.judge_drawn import scaled, shares, train_judge
 
     judge = train_judge(images_per_class=14)
     images, labels, _ = draw_butterflies(2, 64, seed=9)
@@ -46,7 +47,7 @@ def test_the_judge_tells_drawings_from_mislabelled_ones():
 
 
 def test_the_judge_refuses_a_model_of_other_classes(trained):
-    line = refused("assets/judge_drawn.py", trained / "out", cwd=trained)
+    line = refused("experiments/judge_drawn.py", trained / "out", cwd=trained)
     assert "drawn butterflies" in line
 
 
@@ -72,7 +73,7 @@ def test_the_environment_is_described_by_three_requirements():
 
 def test_speed_says_what_a_step_costs(tmp_path):
     run = [*SMALL, "--batch-size", 4]
-    out, _ = call("assets/speed.py", *run, cwd=tmp_path)
+    out, _ = call("experiments/speed.py", *run, cwd=tmp_path)
     for word in (
         "M parameters",
         "GFLOP an image",
@@ -105,7 +106,7 @@ def test_memory_kept_for_the_way_back_is_counted_once():
 
 
 def test_the_pictures_of_the_readme_come_from_a_script(trained, tmp_path):
-    out, _ = call("assets/pictures.py", trained / "out", "--output", tmp_path, cwd=tmp_path)
+    out, _ = call("experiments/pictures.py", trained / "out", "--output", tmp_path, cwd=tmp_path)
     assert out.split() == [str(tmp_path / "drawn.png"), str(tmp_path / "strip.png")]
     with Image.open(tmp_path / "strip.png") as image:  # 5 rows of 11, of 16 pixels and a margin
         assert image.size == (11 * 18 + 2, 5 * 18 + 2)

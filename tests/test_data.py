@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import train
+from data.images import held_out, load_images
 from model import UserError
-from train import held_out, load_images, random_batch
+from train import random_batch
 
 RED = (200, 30, 40)
 

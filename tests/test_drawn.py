@@ -3,8 +3,8 @@
 import torch
 from conftest import call, refused
 
-from assets.draw_butterflies import draw_butterflies
-from train import load_images
+from data.drawn import draw_butterflies
+from data.images import load_images
 
 
 def test_classes_and_shapes():
@@ -44,10 +44,10 @@ def test_wings_have_the_colour_of_their_class():
 
 def test_the_script_writes_a_folder_that_reads_back_the_same(tmp_path):
     flags = ["--images-per-class", 2, "--image-size", 16, "--seed", 5]
-    call("assets/draw_butterflies.py", tmp_path / "drawn", *flags, cwd=tmp_path)
+    call("data/drawn.py", tmp_path / "drawn", *flags, cwd=tmp_path)
     images, labels, names = load_images(tmp_path / "drawn", 16)
     expected = draw_butterflies(2, 16, seed=5)
     assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
     assert names == expected[2]
-    script = "assets/draw_butterflies.py"
+    script = "data/drawn.py"
     assert "not an empty folder" in refused(script, tmp_path / "drawn", cwd=tmp_path)

@@ -16,8 +16,8 @@ from PIL import Image
 from test_train import assert_same_run, rows, state
 
 import train
+from common import load_model, load_state, run_command
 from model import DiT, UserError
-from sample import load_model, run
 
 KILLS = int(os.environ.get("NANODIT_KILLS", 4))  # the long form: 20
 
@@ -105,14 +105,13 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(pictures, t
     assert "file" in line and (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_truncated_state_is_named(trained, tmp_path, monkeypatch):
+def test_a_truncated_state_is_named(trained, tmp_path):
     path = copied(trained, tmp_path) / "train_state.pt"
     content = path.read_bytes()
-    monkeypatch.setattr(train, "OUT_DIR", str(path.parent))
     for keep in (0, len(content) // 3, len(content) - 1):
         path.write_bytes(content[:keep])
         with pytest.raises(UserError, match="train_state.pt is missing, damaged"):
-            train.load_state({}, {})
+            load_state(path)
     line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
     assert "train_state.pt is missing, damaged" in line
 
@@ -127,11 +126,10 @@ def test_a_single_changed_byte_of_a_state_is_noticed(trained, tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], {"settings": {}}, "words"])
-def test_a_foreign_state_is_named(tmp_path, monkeypatch, content):
+def test_a_foreign_state_is_named(tmp_path, content):
     torch.save(content, tmp_path / "train_state.pt")
-    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
     with pytest.raises(UserError, match="train_state.pt is missing, damaged, or no state of a run"):
-        train.load_state({}, {})
+        load_state(tmp_path / "train_state.pt")
 
 
 def test_a_state_of_another_version_of_the_code(trained, tmp_path):
@@ -343,7 +341,7 @@ def test_out_of_memory_names_what_to_set(capsys):
         )
 
     with pytest.raises(SystemExit) as stop:
-        run(main)
+        run_command(main, if_out_of_memory="lower BATCH_SIZE, or raise ACCUMULATE")
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "BATCH_SIZE" in line and "ACCUMULATE" in line and "9 GiB" in line

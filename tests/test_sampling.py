@@ -1,4 +1,4 @@
-"""assets/sampling.py: its ways to sample, against closed forms, and the table it writes."""
+"""experiments/sampling.py: its ways to sample, against closed forms, and the table it writes."""
 
 import math
 import sys
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sample
-from assets import sampling
-from assets.sampling import BASE, integrate
+from experiments import sampling
+from experiments.sampling import BASE, integrate
 from model import UserError
 
 

@@ -1,12 +1,12 @@
-"""assets/score.py: both distances against closed forms, and rankings that an eye would give."""
+"""experiments/score.py: distances against closed forms, and rankings that an eye would give."""
 
 import pytest
 import torch
 from conftest import call, refused
 from PIL import Image
 
-from assets.draw_butterflies import draw_butterflies
-from assets.score import features, frechet_distance, kernel_distance, report_nearest
+from data.drawn import draw_butterflies
+from experiments.score import features, frechet_distance, kernel_distance, report_nearest
 
 
 def test_kernel_distance_by_hand():
@@ -67,7 +67,9 @@ def test_the_command_scores_folders_and_finds_copies(tmp_path):
     copies = images[:12].flip(3)  # mirrored copies are copies
     save(copies, tmp_path / "fakes" / "a")
     folders = [tmp_path / name for name in ("fakes", "real")]
-    out, _ = call("assets/score.py", *folders, "--training", tmp_path / "training", cwd=tmp_path)
+    out, _ = call(
+        "experiments/score.py", *folders, "--training", tmp_path / "training", cwd=tmp_path
+    )
     assert "12 generated, 12 real: KID x1000" in out
     lines = {line.split(":")[0]: line for line in out.splitlines()}
     for by in ("pixels", "features"):
@@ -90,8 +92,10 @@ def test_nearest_training_pictures_in_numbers(capsys):
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path, pictures):
-    line = refused("assets/score.py", tmp_path / "none", pictures, cwd=tmp_path)
+    line = refused("experiments/score.py", tmp_path / "none", pictures, cwd=tmp_path)
     assert "none is not a folder" in line
     (tmp_path / "efficientnet_lite_pytorch.py").write_text("raise ImportError('x', name='it')")
-    line = refused("assets/score.py", pictures, pictures, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    line = refused(
+        "experiments/score.py", pictures, pictures, cwd=tmp_path, PYTHONPATH=str(tmp_path)
+    )
     assert "pip install" in line

@@ -1,8 +1,8 @@
 """What a training step costs, and where its time goes.
 
-    python assets/speed.py                                 # train.py's constants as they stand
-    python assets/speed.py --preset laptop
-    python assets/speed.py --image-size 128 --batch-size 64   # takes every flag of train.py
+    python experiments/speed.py                                 # train.py's constants as they stand
+    python experiments/speed.py --preset laptop
+    python experiments/speed.py --image-size 128 --batch-size 64   # takes every flag of train.py
 
 Prints parameters, floating-point operations and memory an image; the milliseconds of data, forward,
 backward, optimizer and EMA; pictures a second; the share that this is of the machine's own rate of
@@ -23,8 +23,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from model import autocast, pick_device  # noqa: E402
 
 ROUNDS = 7  # of so many seconds at least, ours and the plain one in turns
 SECONDS = 0.5
@@ -125,14 +127,14 @@ class Ours:
         self.weights = list(self.model.parameters())
         options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, **options)
-        if train.COMPILE and device.type == "cuda":
+        if train.COMPILE == "on" or (train.COMPILE == "auto" and device.type == "cuda"):
             self.model.compile()
 
     def step(self, done=lambda part: None):
         self.count += 1
         batch = train.random_batch(*self.data, len(CLASSES), self.count)
         done("data")
-        with sample.autocast(self.device):
+        with autocast(self.device):
             loss = train.rectified_flow_loss(self.model, *batch)
         done("forward")
         loss.backward()
@@ -159,7 +161,7 @@ class Plain:
     def step(self):
         t = torch.rand(len(self.x), device=self.device)[:, None, None, None]
         noise = torch.randn_like(self.x)
-        with sample.autocast(self.device):
+        with autocast(self.device):
             v = self.model((1 - t) * self.x + t * noise, t.flatten(), self.y)
             loss = F.mse_loss(v, noise - self.x)
         self.optimizer.zero_grad()
@@ -202,7 +204,7 @@ def sampling_rates(model, device, n, steps=5):
     t, y_both = torch.full((2 * n,), 0.5, device=device), torch.cat([y, y]).to(device)
 
     def bare():
-        with sample.autocast(device):
+        with autocast(device):
             for _ in range(steps):
                 model(z, t, y_both)
         wait(device)
@@ -220,9 +222,10 @@ def sampling_rates(model, device, n, steps=5):
 
 
 def main():
-    options, flags = train.parse_flags()
-    train.apply_settings({**(train.LAPTOP if "preset" in options else {}), **flags})
-    device, n = sample.pick_device(train.DEVICE), train.BATCH_SIZE
+    options, settings = train.parse_flags()
+    vars(train).update(train.PRESETS.get(options.get("preset"), {}) | settings)
+    train.check_settings()
+    device, n = pick_device(train.DEVICE), train.BATCH_SIZE
     torch.set_float32_matmul_precision("high")
     flops, size = train.flops_per_image(), train.IMAGE_SIZE
     images = torch.randint(256, (max(n, 64), 3, size, size), dtype=torch.uint8).to(device)
@@ -267,4 +270,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run_command(main)

@@ -1,7 +1,7 @@
 """Do samples of the drawn classes look like their class? A small classifier says.
 
-    python assets/judge_drawn.py out               # 4 samples a class from the model in out/
-    python assets/judge_drawn.py out --steps 20 --cfg-scale 2 --seed 1
+    python experiments/judge_drawn.py out               # 4 samples a class from the model in out/
+    python experiments/judge_drawn.py out --steps 20 --cfg-scale 2 --seed 1
 
 Trains a convolutional classifier with three heads (colour, pattern, shape) on freshly drawn
 butterflies, half a minute on two cores. Prints its accuracy on other drawings, the most that
@@ -17,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets.draw_butterflies import draw_butterflies  # noqa: E402
+from common import load_model, new_parser, run_command  # noqa: E402
+from data.drawn import draw_butterflies  # noqa: E402
 from model import UserError  # noqa: E402
-from sample import DEFAULT_CFG_SCALE, DEFAULT_STEPS, generate, load_model, new_parser, run  # noqa: E402
+from sample import DEFAULT_CFG_SCALE, DEFAULT_STEPS, generate  # noqa: E402
 
 
 def targets(labels):
@@ -98,4 +99,4 @@ def report(what, share):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,7 +1,7 @@
-"""The embedded dataset: butterflies drawn from a formula, so that nothing has to be downloaded.
+"""The built-in data set: butterflies drawn from a formula, so that nothing has to be downloaded.
 
-    python assets/draw_butterflies.py drawn-butterflies      # 54 pictures of each of the 75 classes
-    python assets/draw_butterflies.py few --images-per-class 5 --image-size 128 --seed 1
+    python data/drawn.py drawn-butterflies      # 54 pictures of each of the 75 classes
+    python data/drawn.py few --images-per-class 5 --image-size 128 --seed 1
 
 Five wing colours x five wing patterns x three wing shapes make 75 classes. Class id = 15*colour +
 3*pattern + shape, each list in alphabetical order, so that a folder of these pictures gets the same
@@ -17,13 +17,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-HUES = {
-    "blue": 0.60,
-    "green": 0.34,
-    "red": 0.99,
-    "violet": 0.79,
-    "yellow": 0.13,
-}  # of the colour wheel
+HUES = {"blue": 0.60, "green": 0.34, "red": 0.99, "violet": 0.79, "yellow": 0.13}  # of 0 to 1
 PATTERNS = ["bands", "border", "eyes", "plain", "spots"]
 # For each wing: its axis' angle to the horizontal in degrees, length, half width, taper to the tip.
 SHAPES = {
@@ -42,8 +36,8 @@ CHUNK = 8  # pictures drawn at a time, few enough to stay in a processor's cache
 def draw_butterflies(images_per_class, image_size, seed):
     """Draw `images_per_class` butterflies of each of the 75 classes, class after class.
 
-    Returns uint8 (N,3,S,S), int64 labels (N,) and the 75 class names, as `train.load_images` does,
-    with N = 75 * images_per_class and S = image_size. The same arguments give the same pictures.
+    Returns uint8 (N,3,S,S), int64 labels (N,) and the 75 class names, as load_images does for a
+    folder; N = 75 * images_per_class, S = image_size. The same arguments give the same pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(CLASS_NAMES)).repeat_interleave(images_per_class)

@@ -1,17 +1,17 @@
 """How few network evaluations does a picture need? Samples in many ways and scores each.
 
-    python assets/sampling.py out --held-out butterflies-held-out        # photographs
-    python assets/sampling.py out --drawn                                # the laptop model
-    python assets/sampling.py out --drawn --seeds 0 1 2 --samples 14 --only default "150 steps"
+    python experiments/sampling.py out --held-out butterflies-held-out        # photographs
+    python experiments/sampling.py out --drawn                                # the laptop model
+    python experiments/sampling.py out --drawn --seeds 0 1 2 --samples 14 --only default "150 steps"
 
 Rows differ in steps, guidance scale, the interval of t within which guidance acts (Kynkaanniemi et
 al. 2024, arXiv 2404.07724), the spacing of the steps (shifted as in Esser et al. 2024, arXiv
 2403.03206: above 1 more of them near the noise, below 1 near the data), and in the method: Heun's
 takes the mean of the velocities at both ends of a step, for twice the evaluations. A finished row
-is kept in assets/sampling.csv and not run again; sampling-<model>.md and .png show all of them.
+is kept in experiments/sampling.csv and not run again; sampling-<model>.md and .png show all rows.
 
 evaluations: how often the network runs for a picture, 2 a step with guidance. kid: kernel distance
-(assets/score.py) of the samples to pictures that were not trained on.
+(experiments/score.py) of the samples to pictures that were not trained on.
 """
 
 import statistics
@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
 import sample  # noqa: E402
-import train  # noqa: E402
-from assets.ablations import check_only, read_rows, write_row  # noqa: E402
-from assets.draw_butterflies import draw_butterflies  # noqa: E402
-from assets.plot_loss import pyplot  # noqa: E402
-from assets.score import SIZE, features, kernel_distance  # noqa: E402
+from data.drawn import draw_butterflies  # noqa: E402
+from data.images import load_images  # noqa: E402
+from experiments.ablations import check_only, read_rows, write_row  # noqa: E402
+from experiments.plot_loss import pyplot  # noqa: E402
+from experiments.score import SIZE, features, kernel_distance  # noqa: E402
 
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
 ROWS = {
@@ -129,7 +130,7 @@ def draw_plot(rows, path):
 
 
 def parse_flags():
-    parser = sample.new_parser(__doc__)
+    parser = common.new_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="a folder or a Hub id")
     against = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -138,7 +139,12 @@ def parse_flags():
     add("--only", nargs="+", metavar="ROW", help="these instead of all; see ROWS")
     add("--samples", type=int, default=5, help="a class (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
-    add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
+    add(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent,
+        help="where the table goes (experiments)",
+    )
     flags = parser.parse_args()
     check_only(flags, ROWS)
     return flags
@@ -147,7 +153,7 @@ def parse_flags():
 def main():
     flags = parse_flags()
     pyplot()  # if it is missing, now is the time to say so
-    model = sample.load_model(flags.checkpoint).eval()
+    model = common.load_model(flags.checkpoint).eval()
     path, kind = flags.output / "sampling.csv", "drawn" if flags.drawn else "photographs"
     known = {tuple(row[name] for name in COLUMNS[:4]) for row in read_rows(path)}
     real = None
@@ -160,7 +166,7 @@ def main():
                 images = (
                     draw_butterflies(14, SIZE, seed=1)[0]
                     if flags.drawn
-                    else train.load_images(flags.held_out, SIZE)[0]
+                    else load_images(flags.held_out, SIZE)[0]
                 )
                 real = features(images)
             pictures, runs = samples(model, flags.samples, seed, **{**BASE, **ROWS[name]})
@@ -175,4 +181,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run_command(main)

@@ -1,6 +1,6 @@
 """Two pictures of the README: what the network was shown, and how its pictures come about.
 
-    python assets/pictures.py out
+    python experiments/pictures.py out
 
 drawn.png: a drawn butterfly of each of the 75 classes. strip.png: five classes, a row each, from
 pure noise on the left to the sample on the right, in as many Euler steps as sample.py takes.
@@ -12,18 +12,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
 import sample  # noqa: E402
-from assets.draw_butterflies import draw_butterflies  # noqa: E402
+from data.drawn import draw_butterflies  # noqa: E402
 
+ASSETS = Path(__file__).parents[1] / "assets"
 COLUMNS = 11  # states of a picture that the strip shows
 
 
 def main():
-    parser = sample.new_parser(__doc__)
+    parser = common.new_parser(__doc__)
     parser.add_argument("checkpoint", help="a folder or a Hub id")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="(assets)")
+    parser.add_argument("--output", type=Path, default=ASSETS, help="(assets)")
     flags = parser.parse_args()
-    model = sample.load_model(flags.checkpoint)
+    model = common.load_model(flags.checkpoint)
     classes = torch.linspace(0, model.num_classes - 1, 5).round().long()
     states = []
     list(sample.generate(model, classes, record=lambda z: states.append(sample.to_uint8(z))))
@@ -34,10 +36,9 @@ def main():
         ("strip", rows, COLUMNS),
     ):
         path = flags.output / f"{name}.png"
-        grid = sample.to_grid(pictures, columns)
-        sample.write_beside(path, lambda beside, grid=grid: grid.save(beside, "PNG"))
+        common.save_picture(sample.to_grid(pictures, columns), path)
         print(path)
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run_command(main)

