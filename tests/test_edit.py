@@ -1,0 +1,319 @@
+"""What the project is for: people edit the files. Copies of them are edited here, and run."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, call, finish, refused
+from PIL import Image
+
+import train
+
+FEW = [*SMALL, "--batch-size", 4]
+
+
+def edited(folder, name, *changes):
+    """A copy of the project in which each (old, new) has been replaced in one file."""
+    copy = folder / "copy"
+    shutil.copytree(ROOT / "data", copy / "data")
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, copy)
+    text = (copy / name).read_text("utf-8")
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (copy / name).write_text(text, "utf-8")
+    return copy
+
+
+def settings(folder):
+    return torch.load(folder / "out" / "train_state.pt", weights_only=True)["settings"]
+
+
+def constant(line):
+    """The change of train.py that adds a line to its constants."""
+    seed = "SEED = 0  # of all random numbers\n"
+    return seed, f"{seed}{line}\n"
+
+
+OWN = """
+ONE_SPACE = 1.0 # my idea
+NO_COMMENT = 2
+STRANGE = "a # b"  # 100% of "it" {x} %s %(prog)s \\d # é 蝶
+SWITCH = True  # on or off
+NEGATIVE = -3  # below zero
+ZERO = 0  # nothing
+ANNOTATED: float = 0.5  # with a type
+CHAINED = TWICE = 7
+LARGE = 2**40  # computed
+IN_PARENTHESES = (
+    1.5  # on a line of its own
+)
+if SWITCH:
+    INDENTED = 4
+A_TUPLE = (1, 2)  # no flag
+A_LIST = [1, 2]
+NOTHING = None
+A_PATH = Path("somewhere")
+lower_case = 5
+"""
+OWN_SETTINGS = {
+    "ONE_SPACE": 1.0,
+    "NO_COMMENT": 2,
+    "STRANGE": "a # b",
+    "SWITCH": True,
+    "NEGATIVE": -3,
+    "ZERO": 0,
+    "ANNOTATED": 0.5,
+    "CHAINED": 7,
+    "TWICE": 7,
+    "LARGE": 2**40,
+    "IN_PARENTHESES": 1.5,
+    "INDENTED": 4,
+}
+
+
+def test_constants_of_ones_own_are_flags_and_come_back(pictures, tmp_path):
+    script = edited(tmp_path, "train.py", constant(OWN)) / "train.py"
+    out, _ = call(script, "--help", cwd=tmp_path)
+    flags = {word for word in out.replace(",", " ").split() if word.startswith("--")}
+    for name in OWN_SETTINGS:
+        assert "--" + name.lower().replace("_", "-") in flags, name
+    assert "--no-switch" in flags
+    assert "my idea" in out and "100% of" in out and "{x} %s %(prog)s" in out
+    for name in ("A_TUPLE", "A_LIST", "NOTHING", "A_PATH", "LOWER_CASE"):
+        assert "--" + name.lower().replace("_", "-") not in flags
+
+    call(script, *FEW, "--dataset", pictures, "--steps", 1, cwd=tmp_path)
+    assert OWN_SETTINGS.items() <= settings(tmp_path).items()
+    changed = ["--one-space", 2.5, "--no-comment", -1, "--strange", "x", "--no-switch"]
+    changed += ["--zero", 0.25, "--annotated", 3, "--large", "1e3", "--indented", "7"]
+    expected = {**OWN_SETTINGS, "ONE_SPACE": 2.5, "NO_COMMENT": -1, "STRANGE": "x"}
+    expected |= {"SWITCH": False, "ZERO": 0.25, "ANNOTATED": 3, "LARGE": 1000, "INDENTED": 7}
+    call(script, *FEW, "--dataset", pictures, *changed, "--steps", 2, "--overwrite", cwd=tmp_path)
+    assert expected.items() <= settings(tmp_path).items()
+    call(script, "--resume", "--steps", 3, cwd=tmp_path)
+    assert expected.items() <= settings(tmp_path).items()
+
+
+def test_whole_numbers_and_floats_mean_the_same(pictures, tmp_path):
+    changes = [
+        ("FLIP_SHARE = 0.5", "FLIP_SHARE = 0"),
+        ("GRAD_CLIP = 1.0", "GRAD_CLIP = 1"),
+        ("STEPS = 12000", "STEPS = 2e0"),
+        ("BATCH_SIZE = 256", "BATCH_SIZE = 4.0"),
+        ("EVAL_EVERY = 250", "EVAL_EVERY = 1e0"),
+    ]
+    script = edited(tmp_path, "train.py", *changes) / "train.py"
+    call(script, *SMALL, "--dataset", pictures, cwd=tmp_path)
+    assert settings(tmp_path)["STEPS"] == 2 and settings(tmp_path)["BATCH_SIZE"] == 4
+    assert settings(tmp_path)["FLIP_SHARE"] == 0
+    call(script, "--resume", "--steps", "3e0", cwd=tmp_path)
+    assert settings(tmp_path)["STEPS"] == 3
+    call(script, "--resume", "--steps", 4, "--flip-share", 0.25, "--grad-clip", 0.5, cwd=tmp_path)
+    assert settings(tmp_path)["FLIP_SHARE"] == 0.25 and settings(tmp_path)["GRAD_CLIP"] == 0.5
+    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 5
+
+
+BAD = [
+    ("FLIP_SHARE", 1.5),
+    ("LABEL_DROP", -0.1),
+    ("DECAY_SHARE", 7),
+    ("EMA_DECAY", 5),
+    ("EVAL_EVERY", 0),
+    ("SAMPLE_EVERY", -1),
+    ("CHECKPOINT_EVERY", 0),
+    ("LOG_EVERY", 2.5),
+    ("STEPS", 10.5),
+    ("WARMUP_STEPS", -1),
+    ("T_STD", -1),
+    ("T_MEAN", "inf"),
+    ("GRAD_CLIP", "nan"),
+    ("SEED", 2**63),
+    ("COMPILE", "maybe"),
+    ("DIM", 16.5),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_a_flag_out_of_range_is_refused_by_name(tmp_path, name, value):
+    flag = "--" + name.lower().replace("_", "-")
+    line = refused("train.py", *FEW, "--dataset", "drawn", flag, value, cwd=tmp_path)
+    assert name in line and str(value) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_out_of_range_in_the_file_or_a_preset_are_refused_by_name(tmp_path):
+    change = ("EMA_DECAY = 0.999", "EMA_DECAY = 5")
+    script = edited(tmp_path / "file", "train.py", change) / "train.py"
+    assert "EMA_DECAY is 5" in refused(script, "--dataset", "drawn", cwd=tmp_path)
+    change = ("STEPS = 12000", 'STEPS = "many"')
+    script = edited(tmp_path / "text", "train.py", change) / "train.py"
+    assert "STEPS is 'many'" in refused(script, "--dataset", "drawn", cwd=tmp_path)
+    change = ('"EMA_DECAY": 0.998', '"LABEL_DROP": 2')
+    script = edited(tmp_path / "preset", "train.py", change) / "train.py"
+    assert "LABEL_DROP is 2" in refused(script, "--preset", "laptop", cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_with_a_value_out_of_range_is_refused_by_name(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
+    state["settings"]["EMA_DECAY"] = 5
+    torch.save(state, tmp_path / "out" / "train_state.pt")
+    line = refused("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "EMA_DECAY is 5" in line
+    call("train.py", "--resume", "--steps", 31, "--ema-decay", 0.9, cwd=tmp_path)
+
+
+def test_a_constant_edited_into_something_else_hurts_nobody(pictures, tmp_path):
+    changes = [
+        ("T_STD = 1.0", "T_STD = (0.5, 1.5)"),
+        ("T_STD * torch.randn", "T_STD[1] * torch.randn"),
+        ("WARMUP_STEPS = 200", "WARMUP_STEPS = None"),
+        ("max(1, min(WARMUP_STEPS, STEPS // 10))", "1"),
+    ]
+    script = edited(tmp_path, "train.py", *changes) / "train.py"
+    call(script, *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
+    call(script, "--resume", "--steps", 3, cwd=tmp_path)
+    out, _ = call(script, "--help", cwd=tmp_path)
+    assert "--t-std" not in out and "--t-mean" in out
+
+
+def test_a_second_main_starts_from_the_same_constants(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(train.SETTINGS)
+    run = [*map(str, FEW), "--dataset", str(pictures)]
+    train.main([*run, "--steps", "2", "--ema-decay", "0.5"])
+    assert {name: getattr(train, name) for name in before} == before
+    train.main([*run, "--steps", "1", "--out-dir", "second"])
+    second = torch.load("second/train_state.pt", weights_only=True)["settings"]
+    assert second["EMA_DECAY"] == before["EMA_DECAY"] and second["STEPS"] == 1
+    monkeypatch.setattr(train, "LABEL_DROP", 0.75)  # as a notebook would
+    train.main([*run, "--steps", "1", "--out-dir", "third"])
+    third = torch.load("third/train_state.pt", weights_only=True)["settings"]
+    assert third["LABEL_DROP"] == 0.75 and train.LABEL_DROP == 0.75
+
+
+def test_main_runs_in_a_thread(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*map(str, FEW), "--dataset", str(pictures), "--steps", "2"]
+    thread = threading.Thread(target=train.main, args=(arguments,))
+    thread.start()
+    thread.join(100)
+    assert torch.load("out/train_state.pt", weights_only=True)["step"] == 2
+
+
+# Bugs, each planted where a reader might: (file, line before, the bug, what the traceback says).
+BUGS = {
+    "a NameError in DiT.__init__": (
+        "model.py",
+        "        self.image_size = image_size\n",
+        "self.planted = foo",
+        "NameError",
+    ),
+    "a TypeError in DiT.__init__": (
+        "model.py",
+        "        self.image_size = image_size\n",
+        "planted = len(image_size)",
+        "TypeError",
+    ),
+    "a RuntimeError in DiT.__init__": (
+        "model.py",
+        "        self.image_size = image_size\n",
+        "planted = torch.zeros(3).view(2)",
+        "RuntimeError",
+    ),
+    "a wrong shape in DiT.forward": (
+        "model.py",
+        "        P = self.patch_size\n",
+        "planted = z + torch.zeros(7)",
+        "RuntimeError",
+    ),
+    "a ValueError in the model card": (
+        "model.py",
+        "        millions = sum(weight.numel() for weight in self.parameters()) / 1e6\n",
+        "planted = int('many')",
+        "ValueError",
+    ),
+    "a NameError in the loss": (
+        "train.py",
+        "    v = noise - x\n",
+        "planted = foo",
+        "NameError",
+    ),
+    "a KeyError in the loop": (
+        "train.py",
+        "            update_ema(ema, model, step)\n",
+        "planted = {}['step']",
+        "KeyError",
+    ),
+    "an open() of a missing file in the loop": (
+        "train.py",
+        "            update_ema(ema, model, step)\n",
+        "planted = open('notes.txt')",
+        "FileNotFoundError",
+    ),
+    "a wrong shape in the sampler": (
+        "sample.py",
+        "        z = z - v / steps\n",
+        "planted = z + torch.zeros(7)",
+        "RuntimeError",
+    ),
+    "an AttributeError while pictures are read": (
+        "data/images.py",
+        '    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size))\n',
+        "planted = image.colour",
+        "AttributeError",
+    ),
+    "a KeyError in what the state holds": (
+        "train.py",
+        '    beside = Path(OUT_DIR, ".writing")\n',
+        "planted = {}['more']",
+        "KeyError",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_of_ones_own_shows_its_line(pictures, tmp_path, bug):
+    name, line, planted, error = BUGS[bug]
+    indent = " " * (len(line) - len(line.lstrip()))
+    script = edited(tmp_path, name, (line, f"{line}{indent}{planted}\n")) / "train.py"
+    run = [*FEW, "--dataset", pictures, "--steps", 2, "--sample-every", 1]
+    code, _, err = finish(script, *run, cwd=tmp_path)
+    assert code == 1 and "Traceback" in err
+    assert planted in err and err.strip().splitlines()[-1].startswith(error)
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if "__init__" in bug or "forward" in bug])
+def test_a_bug_in_the_network_shows_its_line_when_a_checkpoint_is_sampled(trained, tmp_path, bug):
+    name, line, planted, error = BUGS[bug]
+    indent = " " * (len(line) - len(line.lstrip()))
+    script = edited(tmp_path, name, (line, f"{line}{indent}{planted}\n")) / "sample.py"
+    flags = ["--checkpoint", trained / "out", "--class-id", 0, "--device", "cpu"]
+    code, _, err = finish(script, *flags, cwd=tmp_path)
+    assert code == 1 and "Traceback" in err
+    assert planted in err and err.strip().splitlines()[-1].startswith(error)
+
+
+def test_a_module_of_ones_own_is_named_when_the_checkpoint_lacks_it(trained, tmp_path):
+    line = "        self.final_modulation = nn.Linear(dim, 2 * dim)\n"
+    change = (line, f"{line}        self.extra = nn.Linear(dim, dim)\n")
+    script = edited(tmp_path, "model.py", change) / "sample.py"
+    line = refused(script, "--checkpoint", trained / "out", cwd=tmp_path)
+    assert "extra.weight" in line and "model.safetensors" in line
+    shutil.copytree(trained / "out", tmp_path / "out")
+    line = refused(script.with_name("train.py"), "--resume", "--steps", 40, cwd=tmp_path)
+    assert "extra.weight" in line and "train_state.pt" in line
+
+
+def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
+    (tmp_path / "p" / "蝶").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "p" / "蝶" / "1.png")
+    plain = {"PYTHONIOENCODING": "cp1252"}
+    out, _ = call("train.py", *FEW, "--dataset", "p", "--steps", 1, cwd=tmp_path, **plain)
+    assert "\\u8776" in out
+    out, _ = call("sample.py", "--list-classes", cwd=tmp_path, **plain)
+    assert "\\u8776" in out
