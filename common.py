@@ -1,4 +1,4 @@
-"""What the scripts need around the method: flags, errors in one line, signals and files.
+"""Everything that the scripts need besides the method: flags, one-line errors, signals, files.
 
 Nothing here is about diffusion. To understand nanoDiT, read model.py, train.py and sample.py.
 """
@@ -10,7 +10,9 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
+import struct
 import sys
 import threading
 import tokenize
@@ -19,15 +21,16 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # of whichever library it makes its requests with
 from huggingface_hub.utils.logging import set_verbosity_error
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model import DiT, UserError
 
-# What torch.load and the zip format raise for a file that is not what it should be.
+# What zipfile and torch.load raise when a file is not what it should be.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -38,38 +41,39 @@ UNREADABLE = (
     TypeError,
     ValueError,
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
 )
 
-# CUDA has an exception for this; MPS and CPUs raise a RuntimeError that says so.
-LACK_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+# CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is what they share.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 # Errors
 
 
 def run_command(main, if_out_of_memory="close other programs"):
-    """Call main(). A UserError and a lack of memory become one line on stderr and exit status 2;
-    any other exception is a bug, and keeps its traceback."""
+    """Call main(). A UserError, or running out of memory, becomes one line on stderr and exit
+    status 2; any other exception is a bug, and keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
-    set_verbosity_error()  # the Hub's library would add warnings of its own
+    set_verbosity_error()  # huggingface_hub would print warnings of its own
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        exit_with(str(error))
+        exit_with_error(str(error))
     except MemoryError:
-        exit_with(f"out of memory: {if_out_of_memory}")
+        exit_with_error(f"out of memory: {if_out_of_memory}")
     except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in LACK_OF_MEMORY):
+        if not any(phrase in str(error) for phrase in OUT_OF_MEMORY):
             raise
-        exit_with(f"out of memory: {if_out_of_memory} ({error})")
+        exit_with_error(f"out of memory: {if_out_of_memory} ({error})")
 
 
-def exit_with(message):
-    """End the process with status 2 and the message, in one line, on stderr."""
+def exit_with_error(message):
+    """Print the message in one line on stderr, and exit with status 2."""
     line = " ".join(message.split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
@@ -79,7 +83,7 @@ def exit_with(message):
 
 
 def new_parser(description, **options):
-    """An argument parser whose errors are one line, as it has no usage to print before them."""
+    """An argument parser that reports errors in one line, without the usage text."""
     return argparse.ArgumentParser(
         description=description,
         usage=argparse.SUPPRESS,
@@ -89,8 +93,8 @@ def new_parser(description, **options):
     )
 
 
-def number(text):
-    """The number that a flag gives: an int where it is whole, 1e4 too, else a float."""
+def parse_number(text):
+    """Parse a flag: an int if the value is whole (even 1e4), otherwise a float."""
     try:
         return int(text)
     except ValueError:
@@ -98,65 +102,68 @@ def number(text):
     return int(value) if value.is_integer() else value
 
 
-def finite_number(text):
-    """The type of a flag: any float but nan and the infinities."""
+def parse_finite(text):
+    """Parse a flag: a float that is neither infinite nor nan."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
 
 
-def whole_number(lowest, highest=2**63 - 1):
-    """The type of a flag: whole numbers in that range."""
+def int_in_range(lowest, highest=2**63 - 1):
+    """A function that parses a flag: an int from lowest to highest."""
 
-    def whole_number(text):
-        value = int(text)
-        if not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{value} is not from {lowest} to {highest}")
+    def parse_int(text):
+        value = parse_number(text)
+        if not isinstance(value, int) or not lowest <= value <= highest:
+            message = f"{text} is not a whole number from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(message)
         return value
 
-    return whole_number
+    return parse_int
 
 
-def add_setting_flags(parser, settings, source):
-    """A flag for each setting {constant: value}, in the groups, and with the comments as help
-    texts, that the file `source` has. BATCH_SIZE becomes --batch-size."""
-    comments = read_comments(source)
+def add_setting_flags(parser, settings, source_file):
+    """Add a flag for each of the settings {name: default}: --batch-size for BATCH_SIZE. Groups and
+    help texts are the sections and the comments of the file that assigns them."""
+    comments = read_comments(source_file)
     groups = {}
-    for name, value in settings.items():
+    for name, default in settings.items():
         section, comment = comments.get(name, ("more settings", ""))
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         flag = "--" + name.lower().replace("_", "-")
-        text = f"{comment} (default: {value})".replace("%", "%%")  # % is special to argparse
-        if isinstance(value, bool):
+        text = f"{comment} (default: {default})".replace("%", "%%")  # % is special to argparse
+        if isinstance(default, bool):
             action = argparse.BooleanOptionalAction  # --name and --no-name
             groups[section].add_argument(flag, dest=name, action=action, help=text)
         else:
-            kind = str if isinstance(value, str) else number
-            groups[section].add_argument(flag, dest=name, type=kind, metavar="", help=text)
+            parse = str if isinstance(default, str) else parse_number
+            groups[section].add_argument(flag, dest=name, type=parse, metavar="", help=text)
 
 
-def read_comments(source):
+def read_comments(source_file):
     """{name: (section, comment)} of the assignments in a Python file. A section begins with a
-    comment such as "# --- data ---"; the comment of an assignment is the one behind it."""
-    comments, section, name = {}, "settings", ""
-    with tokenize.open(source) as file:
+    comment such as "# --- data ---"; the comment is the one at the end of the assignment."""
+    comments, section, name = {}, "settings", None
+    with tokenize.open(source_file) as file:
         for token in tokenize.generate_tokens(file.readline):
             starts_line = token.start[1] == 0
-            if token.type == tokenize.COMMENT and token.string.startswith("# --- "):
-                section = token.string.strip("# -")
-            elif token.type == tokenize.COMMENT and not starts_line:
-                comments[name] = section, token.string.lstrip("# ")
-            elif token.type == tokenize.NAME and starts_line:
+            if token.type == tokenize.NAME and starts_line:
                 name = token.string
-                comments.setdefault(name, (section, ""))
+                comments[name] = section, ""
+            elif token.type == tokenize.COMMENT and name:
+                comments[name] = section, token.string.removeprefix("#").strip()
+            elif token.type == tokenize.COMMENT and token.string.startswith("# --- "):
+                section = token.string.strip("# -")
+            elif token.type == tokenize.NEWLINE:  # the end of a statement
+                name = None
     return comments
 
 
 def check_number(settings, name, lowest=-math.inf, highest=math.inf, whole=False):
-    """Raise UserError, with the name, unless the setting is a finite number in that range. Where it
-    has to be whole, 1e4 becomes 10000. What is no setting, such as a tuple or None, may be."""
+    """Raise UserError, with the name, unless the setting is a finite number in that range. If it
+    must be whole, 1e4 becomes 10000. What cannot be a setting, such as None, is not checked."""
     value = settings.get(name)
     if not isinstance(value, (bool, int, float, str)):
         return
@@ -171,54 +178,75 @@ def check_number(settings, name, lowest=-math.inf, highest=math.inf, whole=False
         settings[name] = int(value)
 
 
-# Signals
+# Processes and signals
+
+
+def start_process(device, batch_size):
+    """Join the other processes that torchrun has started, if it has. Returns this process's device,
+    its rank and their number. Raises UserError if that exceeds the pictures in a batch."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > batch_size:
+        raise UserError(f"BATCH_SIZE {batch_size} is too small for {world_size} processes")
+    if world_size > 1:
+        backend = "gloo"
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"  # train.py reduces tensors on the CPU, too
+        dist.init_process_group(backend)
+    return device, rank, world_size
 
 
 @contextlib.contextmanager
 def stop_signals():
     """Yield a list in which Ctrl-C, SIGTERM and SIGHUP are noted, so that a training step can end
-    and be saved before the run stops. A second Ctrl-C ends the run at once."""
-    caught = []
-    alone = "WORLD_SIZE" not in os.environ  # torchrun passes signals on, so that one comes twice
+    and be saved before the run stops. A second Ctrl-C stops it at once, except under torchrun."""
+    received = []
+    torchrun = "WORLD_SIZE" in os.environ  # it passes signals on, so that one Ctrl-C comes twice
 
-    def note(number, frame):
-        if caught and number == signal.SIGINT and alone:
+    def on_signal(number, frame):
+        again = len(received) > 0
+        received.append(number)
+        if not again:
+            message = "\nstopping after this step; press Ctrl-C again to stop now, without saving\n"
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, message.encode())
+        elif number == signal.SIGINT and not torchrun:
             raise KeyboardInterrupt
-        if not caught:
-            os.write(2, b"\nstopping after this step; Ctrl-C stops at once, without saving it\n")
-        caught.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP"):  # not on Windows
         numbers.append(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # Python delivers signals to the main thread alone
-    before = {number: signal.signal(number, note) for number in numbers}
+    old_handlers = {}
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            old_handlers[number] = signal.signal(number, on_signal)
     try:
-        yield caught
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-
-
-def print_summary(model, images, val, flops, device):
-    """What will be trained: the classes, how many pictures, and what it takes."""
-    names = model.class_names
-    if len(names) > 8:
-        names = [*names[:3], "...", *names[-3:]]
-    weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{model.num_classes} classes, {len(images)} pictures, {val.sum()} of them held out")
-    print(f"classes: {', '.join(names)}")
-    print(
-        f"{weights / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, {device}", flush=True
-    )
 
 
 # Files and checkpoints
 
 
+def print_summary(model, images, val_mask, flops, device):
+    """Say what will be trained: classes, pictures, size of the network, cost and device."""
+    names = model.class_names
+    if len(names) > 8:
+        names = [*names[:3], "...", *names[-3:]]
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{model.num_classes} classes, {len(images)} pictures, {val_mask.sum()} of them held out")
+    print(f"classes: {', '.join(names)}")
+    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image, on {device}")
+    sys.stdout.flush()  # a log file should show it at once
+
+
 def make_folder(folder):
-    """Make a folder, with those above it, unless it is there. Raises UserError if it cannot be."""
+    """Make a folder and its parents, if missing. Raises UserError on failure."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -226,8 +254,8 @@ def make_folder(folder):
 
 
 def save_picture(image, path, **options):
-    """Write a PIL image under another name, then rename it: a failure leaves what was there.
-    Raises UserError if it cannot be written."""
+    """Write a PIL image under a temporary name, then rename it, so that a failure leaves the old
+    file in place. Raises UserError on failure."""
     beside = path.with_name(f".writing-{path.name}")
     try:
         image.save(beside, path.suffix[1:], **options)
@@ -236,51 +264,99 @@ def save_picture(image, path, **options):
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def start_log(path, header, last_step):
-    """Write a log anew: its header, and of the rows that are there those up to last_step. Later
-    ones are of steps that were lost, and will be run again."""
-    rows = []
+def folder_names(class_names):
+    """A safe and unique folder name for each class: a model from elsewhere may have a class called
+    ../.. or two that differ only in what a file name cannot hold."""
+    folders, taken = [], set()
+    for class_id, name in enumerate(class_names):
+        folder = re.sub(r"[^\w ,.()&'+-]|^\.", "_", name)[:60]
+        if folder != name or not name:
+            folder = f"{folder}-{class_id}"
+        while folder.casefold() in taken:
+            folder += "_"
+        taken.add(folder.casefold())
+        folders.append(folder)
+    return folders
+
+
+def prepare_files(directory, class_names, class_ids):
+    """Where each picture goes on its own: DIR/<class name>/<n>.png. Makes the folders. Raises
+    UserError if one of the files exists."""
+    folders = folder_names(class_names)
+    counts = [0] * len(class_names)  # pictures of each class so far
+    files = []
+    for class_id in class_ids.tolist():
+        file = directory / folders[class_id] / f"{counts[class_id]}.png"
+        counts[class_id] += 1
+        if file.exists():
+            raise UserError(f"{file} exists: choose a new folder for --save-images")
+        make_folder(file.parent)
+        files.append(file)
+    return files
+
+
+def start_log(path, last_step):
+    """Cut a log back to last_step: later rows are of steps that were lost, and will be run again.
+    At 0 there is no log yet, and an old one goes. Raises UserError on failure."""
+    beside = path.with_name(f".writing-{path.name}")
     try:
-        if last_step > 0 and path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                step = line.split(",")[0]
-                if line.endswith("\n") and step.isdigit() and int(step) <= last_step:
-                    rows.append(line)
-        beside = path.with_name(f".writing-{path.name}")
-        beside.write_text(header + "".join(rows))
-        beside.replace(path)
+        if last_step == 0:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            header, *rows = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+            kept = [header]
+            for row in rows:
+                step = row.split(",")[0]
+                if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
+                    kept.append(row)
+            beside.write_text("".join(kept), "utf-8")
+            beside.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def add_row(path, row):
-    """Append a line to a log. Raises UserError if it cannot be written."""
+def append_row(path, row):
+    """Append a row {column: text} to a CSV file, whose header is the columns of the first one.
+    Raises UserError on failure, or if the file has other columns."""
+    header = ",".join(row) + "\n"
+    line = ",".join(row.values()) + "\n"
     try:
-        with open(path, "a") as log:
-            log.write(row + "\n")
+        if not path.exists():
+            path.write_text(header, "utf-8")
+        with open(path, encoding="utf-8") as log:
+            if log.readline() != header:
+                raise UserError(f"{path} has other columns than train.py writes: move it away")
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(line)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def download(repo_id, what, **options):
+    """The folder, in the Hub's own cache, of a repository on the Hub. Raises UserError, which
+    begins with `what`, if the repository or the network is missing."""
+    try:
+        return Path(snapshot_download(repo_id, **options))
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def load_model(checkpoint):
-    """The model in a folder, such as "out", or of a Hub id, such as "you/butterflies", ready to
-    sample from. Raises UserError if there is none, or its files are damaged."""
+    """The model in a folder, such as "out", or at a Hub id, such as "you/butterflies", ready to
+    sample from. Raises UserError if there is none, or if its files are damaged."""
     folder = Path(checkpoint)
     if not folder.is_dir() and "/" in str(checkpoint):
-        try:
-            files = ["config.json", "model.safetensors"]
-            folder = Path(snapshot_download(str(checkpoint), allow_patterns=files))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise UserError(f"no model at {checkpoint}: {error}") from error
+        files = ["config.json", "model.safetensors"]
+        folder = download(str(checkpoint), f"no model at {checkpoint}", allow_patterns=files)
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     if not config_file.is_file():
-        raise UserError(f"no model in {checkpoint}: `python train.py` makes one, in out")
+        raise UserError(f"no model in {checkpoint}: run `python train.py` to make one in out")
 
     try:
         config = json.loads(config_file.read_text("utf-8"))
         inspect.signature(DiT).bind(**config)  # a TypeError if the names are not DiT's
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{config_file} is not of a nanoDiT model: {error}") from error
+        raise UserError(f"{config_file} is not the config of a nanoDiT model: {error}") from error
     try:
         model = DiT(**config)
     except UserError as error:
@@ -303,8 +379,9 @@ def load_state(path):
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state["step"], int) or not isinstance(state["settings"], dict):
-            raise ValueError("it holds something else")
+        missing = {"step", "seconds", "losses", "settings", "class_names"} - state.keys()
+        if missing:
+            raise ValueError(f"{missing} is not in it")
     except UNREADABLE as error:
         raise UserError(
             f"--resume: {path} is missing, damaged, or no state of a run: leave out --resume, or "
@@ -313,11 +390,11 @@ def load_state(path):
     return state
 
 
-def restore(state, model, ema, optimizer):
+def restore_state(state, model, ema, optimizer):
     """Load the weights and the optimizer's moments from a state. Raises UserError if they are of
     other classes or of another network."""
     if model.class_names != state["class_names"]:
-        raise UserError("--resume: the data set has other classes than the run was started with")
+        raise UserError("--resume: the classes of the data set are not those of the original run")
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -327,13 +404,13 @@ def restore(state, model, ema, optimizer):
         raise UserError(message) from error
 
 
-def start_from(checkpoint, model):
-    """Give `model` the weights of a trained one; where the classes differ, the class embeddings
-    stay random. Raises UserError if the sizes differ."""
+def load_initial_weights(checkpoint, model):
+    """Give `model` the weights of a trained one; if the classes differ, the class embeddings stay
+    random. Raises UserError if the sizes differ."""
     trained = load_model(checkpoint)
     if trained.class_names != model.class_names:
-        print(f"{checkpoint} has other classes: the class embeddings start anew")
-        trained.class_embedding = model.class_embedding
+        print(f"{checkpoint} has other classes: the class embeddings start from random values")
+        trained.class_embedding = model.class_embedding  # so that they are what is loaded
     try:
         model.load_state_dict(trained.state_dict())
     except RuntimeError as error:

@@ -3,8 +3,10 @@
 - Transformer blocks with adaLN-zero, as in DiT (Peebles & Xie 2022, arXiv 2212.09748).
 - Large patches of pixels, from which the network predicts the clean picture x (Li & He 2025,
   arXiv 2511.13720). forward() turns that prediction into the velocity.
-- Learned position embeddings; normalised queries and keys (Henry et al. 2020, arXiv 2010.04245).
-- No dropout, and no parameters in the norms: adaLN does their scaling.
+- Learned position embeddings.
+- Queries and keys are normalised before attention, as in Henry et al. (2020, arXiv 2010.04245), but
+  by layer norm.
+- No dropout, and no parameters in the norms: adaLN scales the tokens instead.
 
 Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
 each of the H attention heads is D numbers wide, and H * D = dim.
@@ -17,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-# Training draws few t below this, and v = (z_t - x) / t magnifies an error of x by up to 1/t.
-# The network therefore treats every smaller t as this one.
+# Training draws few t below this, and v = (z_t - x) / t magnifies an error in x by 1/t. Every
+# smaller t is therefore treated as this one, both in the features of t and in the division.
 MIN_T = 0.05
 
 
@@ -28,7 +30,7 @@ def norm(x):
 
 
 def modulate(x, shift, scale):
-    """adaLN: shift and scale all tokens of x (B, T, dim) by the same two vectors (B, dim)."""
+    """adaLN: shift and scale all tokens of a picture, x (B, T, dim), by vectors (B, dim)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -38,7 +40,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        # Normalised queries cannot grow, so each head learns how sharply it attends.
+        # Products of normalised queries and keys are bounded, so that attention could never be
+        # sharp: each head learns a factor.
         self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -55,7 +58,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block. The condition c (B, dim) shifts, scales and gates both of its halves."""
+    """A transformer block. The condition c (B, dim), which has been through a SiLU, shifts, scales
+    and gates both of its halves."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -70,9 +74,9 @@ class Block(nn.Module):
         return x
 
 
-def waves(t):
+def timestep_features(t):
     """Sinusoidal features of t: (B,) -> (B, 256), the cos and sin of 1000 t at 128 frequencies
-    from 1 down to 1e-4. A t below MIN_T has the features of MIN_T."""
+    from 1 down to almost 1e-4. A t below MIN_T has the features of MIN_T."""
     frequencies = 1e-4 ** (torch.arange(128, device=t.device) / 128)
     angles = 1000 * t.float().clamp_min(MIN_T)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -81,13 +85,13 @@ def waves(t):
 class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
-    The arguments, JSON values all, are what config.json holds:
-    image_size: pixels a side; a multiple of patch_size.
-    patch_size: pixels a side of the patches that become tokens.
+    The arguments are JSON-serialisable, and are what config.json holds:
+    image_size: side length of the pictures in pixels; a multiple of patch_size.
+    patch_size: side length in pixels of the patches that become tokens.
     dim: width of the tokens; a multiple of heads.
     depth: number of blocks.
     heads: attention heads in each block.
-    class_names: one string a class, in the order of the class ids.
+    class_names: one string per class, in the order of the class ids.
     dataset: where the pictures came from; only the model card shows it.
 
     Raises UserError if the sizes are impossible.
@@ -97,7 +101,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         check_sizes(image_size, patch_size, dim, depth, heads)
         if not class_names or not all(isinstance(name, str) for name in class_names):
-            raise UserError("class_names must be a list of one string a class")
+            raise UserError("class_names must be a list with one string per class")
         self.image_size = image_size
         self.patch_size = patch_size
         self.class_names = list(class_names)
@@ -107,7 +111,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class for long.
+        # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class until late.
         self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
@@ -133,7 +137,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         side = self.image_size // P  # patches in a row
 
         # The condition is the same for all tokens: time plus class.
-        c = F.silu(self.timestep_embedding(waves(t)) + self.class_embedding(y))  # (B, dim)
+        c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
+        c = F.silu(c)  # (B, dim)
 
         # Patchify: every P x P patch becomes a token.
         x = F.pixel_unshuffle(z, P)  # (B, 3*P*P, S/P, S/P)
@@ -150,12 +155,12 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, 3*P*P, S/P, S/P)
         x = F.pixel_shuffle(x, P)  # (B, 3, S, S)
 
-        # On the line from x to eps, z_t - x = t (eps - x) = t v.
+        # On the line from x to eps, z_t - x = t (eps - x) = t v, whence v.
         return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        """The mixin's, except that missing weights are an error and standard output stays clean."""
+        """Like the mixin's, except that missing weights are an error and nothing is printed."""
         if "class_names" not in kwargs:
             raise UserError(f"{model_id} has no config.json of a nanoDiT model")
         with contextlib.redirect_stdout(None):
@@ -176,7 +181,8 @@ To sample from it: `python sample.py --checkpoint <the id of this repository> --
 
 
 def check_sizes(image_size, patch_size, dim, depth, heads):
-    """Raise UserError for sizes of which no network can be made, before memory is filled."""
+    """Raise UserError for sizes that cannot make a network, before any memory is allocated.
+    The sizes are named as the constants of train.py are."""
     sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim}
     sizes |= {"DEPTH": depth, "HEADS": heads}
     for name, size in sizes.items():
@@ -186,7 +192,8 @@ def check_sizes(image_size, patch_size, dim, depth, heads):
         raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
     if dim % heads:
         raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
-    # A config.json may come from anywhere: refuse what would take gigabytes before training.
+    # A config.json may come from anywhere: refuse what would take gigabytes for its weights alone.
+    # A block has 18 dim^2 of them: attention 4, MLP 8, modulation 6.
     tokens = (image_size // patch_size) ** 2
     weights = 18 * depth * dim**2 + 6 * patch_size**2 * dim
     if depth > 1000 or tokens > 100_000 or weights > 1e9:
@@ -204,22 +211,25 @@ class UserError(Exception):
 
 
 def pick_device(name):
-    """The torch device of that name; "auto" is cuda, else mps, else cpu. Raises UserError if this
-    machine does not have it."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    """The torch device with the given name; "auto" is cuda, else mps, else cpu. Raises UserError if
+    this machine does not have it."""
     if name == "auto":
-        return torch.device(available[0])
-    if name.split(":")[0] not in available:
-        raise UserError(f'DEVICE "{name}" is not available: choose auto, {", ".join(available)}')
-    return torch.device(name)
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        message = f'DEVICE "{name}" is not available here: choose auto, cuda, mps or cpu ({error})'
+        raise UserError(message) from error
+    return device
 
 
 def autocast(device):
-    """A context in which matrix products run in bfloat16, on GPUs that compute in it; elsewhere
-    bfloat16 would be slow, and everything stays float32."""
+    """A context in which matrix products run in bfloat16, on GPUs with native bfloat16. Elsewhere
+    it would be slow, and everything stays float32."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -10,7 +10,6 @@ Prints the path of each file that it writes.
 """
 
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -23,9 +22,9 @@ from common import load_model
 from model import UserError, autocast, pick_device
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
-DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 is none; more means closer to the class and less variety
-MAX_BATCH = 64  # pictures sampled at once on a CPU; GPUs take four times as many
-GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below some 3 MB
+DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 disables it; higher is closer to the class, less varied
+MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
+GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
 
 
 @torch.no_grad()
@@ -38,7 +37,7 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
     class_ids: (B,) int64. noise: (B,3,S,S), standard normal. record, if given, is called with z at
     the start and after every step. Returns x (B,3,S,S), about -1 to 1 and not clamped. The network
-    runs once a step, on 2B pictures; at w = 1 on B. Guidance: Ho & Salimans 2022, arXiv 2207.12598.
+    runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
     """
     z = noise
     y = torch.as_tensor(class_ids, device=z.device)
@@ -80,7 +79,7 @@ def generate(
 
 
 def to_uint8(x):
-    """Pictures in [-1, 1] as uint8 on the CPU; values beyond are clamped."""
+    """Pictures in [-1, 1] as uint8 on the CPU; values outside are clamped."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
 
@@ -93,36 +92,36 @@ def to_grid(pictures, columns=None):
 
 def parse_flags():
     parser = common.new_parser(__doc__)
-    count = common.whole_number(1)
+    count = common.int_in_range(1)
 
     group = parser.add_argument_group("what to sample")
     one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="a row for each")
+    one_of.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
     one_of.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
     one_of.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
-    help = "pictures of each class (default: 4, or 1 where no class is given)"
-    group.add_argument("--num-images", type=count, metavar="N", help=help)
+    text = "pictures per class (default: 4, or 1 if no class is given)"
+    group.add_argument("--num-images", type=count, metavar="N", help=text)
 
     group = parser.add_argument_group("how to sample")
-    help = "a folder or a Hub id (default: %(default)s)"
-    group.add_argument("--checkpoint", default="out", metavar="MODEL", help=help)
-    help = "Euler steps (default: %(default)s)"
-    group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=help)
-    help = "classifier-free guidance; 1 is none (default: %(default)s)"
-    kind = common.finite_number
-    group.add_argument("--cfg-scale", type=kind, default=DEFAULT_CFG_SCALE, metavar="W", help=help)
-    help = "of the noise (default: %(default)s)"
-    group.add_argument("--seed", type=common.whole_number(0), default=0, metavar="N", help=help)
-    help = "auto, cuda, mps or cpu (default: %(default)s)"
-    group.add_argument("--device", default="auto", metavar="NAME", help=help)
+    text = "a folder or a Hub id (default: %(default)s)"
+    group.add_argument("--checkpoint", default="out", metavar="MODEL", help=text)
+    text = "Euler steps (default: %(default)s)"
+    group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
+    text = "classifier-free guidance; 1 disables it (default: %(default)s)"
+    parse = common.parse_finite
+    group.add_argument("--cfg-scale", type=parse, default=DEFAULT_CFG_SCALE, metavar="W", help=text)
+    text = "of the initial noise (default: %(default)s)"
+    group.add_argument("--seed", type=common.int_in_range(0), default=0, metavar="N", help=text)
+    text = "auto, cuda, mps or cpu (default: %(default)s)"
+    group.add_argument("--device", default="auto", metavar="NAME", help=text)
 
     group = parser.add_argument_group("what to write")
-    help = "the grid (default: samples/class-<ids>-seed-<seed>.png)"
-    group.add_argument("--output", type=Path, metavar="PNG", help=help)
-    help = "also an animation, from noise to pictures, beside the grid"
-    group.add_argument("--gif", action="store_true", help=help)
-    help = "also every picture, as DIR/<class name>/<n>.png"
-    group.add_argument("--save-images", type=Path, metavar="DIR", help=help)
+    text = "the grid (default: samples/class-<ids>-seed-<seed>.png)"
+    group.add_argument("--output", type=Path, metavar="PNG", help=text)
+    text = "also an animation, from noise to pictures, beside the grid"
+    group.add_argument("--gif", action="store_true", help=text)
+    text = "also every picture, as DIR/<class name>/<n>.png"
+    group.add_argument("--save-images", type=Path, metavar="DIR", help=text)
 
     flags = parser.parse_args()
     if flags.output and (flags.output.suffix.lower() != ".png" or flags.output.is_dir()):
@@ -131,44 +130,18 @@ def parse_flags():
 
 
 def chosen_classes(flags, class_names):
-    """The class ids that the flags name, each once; [] if they name none."""
-    id_of = {name.casefold(): i for i, name in enumerate(class_names)}
+    """The class ids selected by the flags, without duplicates; [] if they select none."""
+    id_of = {name.casefold(): class_id for class_id, name in enumerate(class_names)}
     class_ids = list(flags.class_id or [])
     for name in flags.class_name or []:
         if name.casefold() not in id_of:
-            raise UserError(f'--class-name "{name}" is not a class here: see --list-classes')
+            raise UserError(f'--class-name "{name}" is not a class of this model: --list-classes')
         class_ids.append(id_of[name.casefold()])
     for class_id in class_ids:
         if not 0 <= class_id < len(class_names):
-            highest = len(class_names) - 1
-            raise UserError(f"--class-id {class_id} is not from 0 to {highest}: see --list-classes")
+            ids = f"0 to {len(class_names) - 1}"
+            raise UserError(f"--class-id {class_id} is not a class of this model, which has {ids}")
     return list(dict.fromkeys(class_ids))
-
-
-def folder_names(class_names):
-    """A folder name for each class that is safe and unique: a model from elsewhere may have a
-    class called ../.. or two that differ only in what a file name cannot hold."""
-    folders = []
-    for class_id, name in enumerate(class_names):
-        safe = re.sub(r"[^\w ,.()&'+-]|^\.", "_", name)[:60]
-        folders.append(safe if safe == name and name else f"{safe}-{class_id}")
-    return folders
-
-
-def single_files(directory, class_names, class_ids):
-    """Where each picture goes on its own: DIR/<class name>/<n>.png, in folders made here. Raises
-    UserError if one of the files exists."""
-    folders = folder_names(class_names)
-    count = [0] * len(class_names)  # pictures of each class so far
-    files = []
-    for class_id in class_ids.tolist():
-        file = directory / folders[class_id] / f"{count[class_id]}.png"
-        count[class_id] += 1
-        if file.exists():
-            raise UserError(f"{file} exists: name a new folder for --save-images")
-        common.make_folder(file.parent)
-        files.append(file)
-    return files
 
 
 def save_gif(states, path, columns):
@@ -179,9 +152,8 @@ def save_gif(states, path, columns):
         frame.thumbnail((GIF_SIZE, GIF_SIZE))
         frames.append(frame.quantize(64))
     durations = [80] * (len(frames) - 1) + [2000]  # milliseconds: the result stays for a while
-    common.save_picture(
-        frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0
-    )
+    options = {"append_images": frames[1:], "duration": durations, "loop": 0}
+    common.save_picture(frames[0], path, save_all=True, **options)
 
 
 def main():
@@ -192,33 +164,34 @@ def main():
             print(f"{class_id:4} {name}")
         return
 
-    # Which pictures: class after class, a row of the grid each; or every class, in one block.
+    # Which pictures: one row for each class; or, if no class was chosen, all of them in one block.
     chosen = chosen_classes(flags, model.class_names)
     per_class = flags.num_images or (4 if chosen else 1)
-    classes = torch.tensor(chosen or range(model.num_classes))
-    class_ids = classes.repeat_interleave(per_class)
-    columns = per_class if chosen or per_class > 1 else None
+    class_ids = torch.tensor(chosen or range(model.num_classes)).repeat_interleave(per_class)
+    columns = None
+    if chosen or per_class > 1:
+        columns = per_class
 
-    # Where they go: everything that could be in the way is looked at before the work begins.
-    shown = "-".join(map(str, chosen[:8])) or "all"
-    output = flags.output or Path("samples", f"class-{shown}-seed-{flags.seed}.png")
+    # Where they go. What could be in the way is found out before the work begins.
+    ids = "-".join(map(str, chosen[:8])) or "all"
+    output = flags.output or Path("samples", f"class-{ids}-seed-{flags.seed}.png")
     common.make_folder(output.parent)
     files = []
     if flags.save_images:
-        files = single_files(flags.save_images, model.class_names, class_ids)
+        files = common.prepare_files(flags.save_images, model.class_names, class_ids)
 
     pictures = []
-    states = []  # of the batch under way: its noise, and what every step made of it
-    batches = []  # such states of each batch
-    small = len(class_ids) <= MAX_BATCH  # no need to show progress
+    states = []  # of the current batch: its noise, and what every step made of it
+    states_per_batch = []
     record = states.append if flags.gif else None
-    with tqdm(total=len(class_ids), unit="picture", disable=small) as bar:
+    few = len(class_ids) <= MAX_BATCH  # too few for a progress bar
+    with tqdm(total=len(class_ids), unit="picture", disable=few) as bar:
         for batch in generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record):
             for picture in batch:
                 if files:
                     common.save_picture(to_pil_image(picture), files[len(pictures)])
                 pictures.append(picture)
-            batches.append([to_uint8(z) for z in states])
+            states_per_batch.append([to_uint8(z) for z in states])
             states.clear()
             bar.update(len(batch))
 
@@ -226,7 +199,7 @@ def main():
     print(output)
     if flags.gif:
         gif = output.with_suffix(".gif")
-        save_gif([torch.cat(states) for states in zip(*batches)], gif, columns)
+        save_gif([torch.cat(parts) for parts in zip(*states_per_batch)], gif, columns)
         print(gif)
 
 

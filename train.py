@@ -2,18 +2,17 @@
 
     python train.py --preset laptop            # drawn butterflies: three minutes on two CPU cores
     python train.py                            # photographs from the Hub: sized for one large GPU
-    python train.py --dataset my_pictures      # a folder that holds one folder of pictures a class
+    python train.py --dataset my_pictures      # a folder with one subfolder of pictures per class
     python train.py --resume                   # continue the run in out/, whatever stopped it
     torchrun --nproc_per_node=8 train.py       # the same training on eight GPUs
 
-Every setting is a constant at the top of train.py, and a flag of the same name. Whatever a run
-writes is in its OUT_DIR.
+Every setting is a constant at the top of train.py, and also a flag of the same name. A run writes
+everything to its OUT_DIR.
 """
 
 import argparse
 import copy
 import math
-import os
 import shutil
 import signal
 import sys
@@ -33,22 +32,22 @@ import sample
 from data.images import held_out, load_dataset
 from model import DiT, UserError, autocast, check_sizes, pick_device
 
-imported = set(globals())
+imported = set(globals())  # the names above, which are not settings even if upper-case
 
 # --- input and output ---
 DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
 OUT_DIR = "out"  # where checkpoints, the log and sample grids go
-EVAL_EVERY = 250  # steps from one row of log.csv, with the held-out loss, to the next
-SAMPLE_EVERY = 1000  # steps from one grid in samples/ to the next
-CHECKPOINT_EVERY = 500  # steps from one checkpoint to the next: the most that a crash can cost
-LOG_EVERY = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
+EVAL_EVERY = 250  # steps between rows of log.csv, with the held-out loss
+SAMPLE_EVERY = 1000  # steps between grids in samples/
+CHECKPOINT_EVERY = 500  # steps between checkpoints: the most that a crash can cost
+LOG_EVERY = 10  # steps between losses on screen; each makes the CPU wait for the GPU
 
 # --- data ---
-IMAGE_SIZE = 64  # pixels a side, after resizing and cropping; a multiple of PATCH_SIZE
-FLIP_SHARE = 0.5  # share of pictures seen mirrored; 0 where left and right differ, as in writing
+IMAGE_SIZE = 64  # pixels per side, after resizing and cropping; a multiple of PATCH_SIZE
+FLIP_SHARE = 0.5  # share of pictures that are mirrored; 0 if left and right matter, as in text
 
 # --- model ---
-PATCH_SIZE = 4  # pixels a side of a patch; half of it costs four times the compute
+PATCH_SIZE = 4  # pixels per side of a patch; halving it costs four times the compute
 DIM = 384  # width of the transformer; a multiple of HEADS
 DEPTH = 12  # transformer blocks
 HEADS = 6  # attention heads in each block
@@ -57,26 +56,26 @@ HEADS = 6  # attention heads in each block
 STEPS = 12000  # optimizer steps of the whole run
 BATCH_SIZE = 256  # pictures per step, over all GPUs
 LEARNING_RATE = 4e-4  # peak learning rate of AdamW; smaller networks take a higher one
-ACCUMULATE = 1  # gradient accumulation: parts of a batch, for the same gradient in less memory
-GRAD_CLIP = 1.0  # largest norm of the gradient; 0 for no clipping
-LABEL_DROP = 0.1  # label dropout: share of pictures given the null class, which guidance needs
-EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights, which samples use
+ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
+GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
+LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
+EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
 
 # --- schedule ---
-WARMUP_STEPS = 200  # of the learning rate, but at most a tenth of the run
-DECAY_SHARE = 0.4  # last part of the run, over which the learning rate falls to zero
+WARMUP_STEPS = 200  # learning rate warmup, capped at a tenth of the run
+DECAY_SHARE = 0.4  # last part of the run, over which the learning rate decays to zero
 
-# --- times: t = sigmoid(T_MEAN + T_STD * n), n normal (Esser et al. 2024, arXiv 2403.03206) ---
-T_MEAN = 0.4  # above 0, more noisy pictures, in which shapes and colours are decided
-T_STD = 1.0  # the larger, the more t near 0 (data) and 1 (noise)
+# --- training times: t = sigmoid(T_MEAN + T_STD n), n normal (Esser et al., arXiv 2403.03206) ---
+T_MEAN = 0.4  # above 0 favours noisier pictures, in which shapes and colours are decided
+T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 
 # --- system ---
-SEED = 0  # of all random numbers
-DEVICE = "auto"  # cuda, mps or cpu; auto takes the first of them that is there
+SEED = 0  # seeds all random numbers
+DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
 COMPILE = "auto"  # torch.compile: on, off, or auto, which is on for CUDA
 
-# Every bool, int, float and str above is a setting, your own included: a flag, and kept with the
-# run for --resume.
+# Every upper-case bool, int, float or str above, including any that you add, is a setting: it gets
+# a flag, and is saved with the run for --resume.
 SETTINGS = {
     name: value
     for name, value in globals().items()
@@ -99,7 +98,6 @@ PRESETS = {"laptop": LAPTOP}
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
-LOG_HEADER = "step,train_loss,val_loss,learning_rate,images_per_second,seconds\n"
 
 
 # The method: what is learned, from which batches, at which rate.
@@ -122,39 +120,40 @@ def rectified_flow_loss(model, x, y, t, noise):
 
 
 def random_batch(images, labels, num_classes, step):
-    """The training batch of a step, which follows from SEED and the step alone.
+    """The training batch of a step. On a given kind of device, SEED and step determine it.
 
     images: uint8 (N,3,S,S); labels: (N,). Returns pictures x (B,3,S,S) in [-1, 1], class ids y
-    (B,), some of them the null class num_classes, times t (B,) and noise (B,3,S,S).
+    (B,), of which some are num_classes, the null class, times t (B,), and noise (B,3,S,S).
     """
     device = images.device if images.is_cuda else torch.device("cpu")
-    generator = torch.Generator(device).manual_seed((SEED * 1_000_003 + step) % 2**63)
-    options = {"generator": generator, "device": device}
-    i = torch.randint(len(images), (BATCH_SIZE,), **options)
-    flipped = torch.rand(BATCH_SIZE, **options) < FLIP_SHARE
-    dropped = torch.rand(BATCH_SIZE, **options) < LABEL_DROP
-    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **options))
-    noise = torch.randn(BATCH_SIZE, *images.shape[1:], **options)
+    seed = (SEED * 1_000_003 + step) % 2**63  # so that runs of near seeds share no batches
+    rng = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    indices = torch.randint(len(images), (BATCH_SIZE,), **rng)
+    flipped = torch.rand(BATCH_SIZE, **rng) < FLIP_SHARE
+    dropped = torch.rand(BATCH_SIZE, **rng) < LABEL_DROP
+    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **rng))
+    noise = torch.randn(BATCH_SIZE, *images.shape[1:], **rng)
 
-    i, flipped, dropped, t, noise = (a.to(images.device) for a in (i, flipped, dropped, t, noise))
-    x = images[i].float() / 127.5 - 1
+    drawn = (indices, flipped, dropped, t, noise)
+    indices, flipped, dropped, t, noise = (tensor.to(images.device) for tensor in drawn)
+    x = images[indices].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    y = torch.where(dropped, num_classes, labels[i])
+    y = torch.where(dropped, num_classes, labels[indices])
     return x, y, t, noise
 
 
 @torch.no_grad()
 def validation_loss(model, images, labels, times=EVAL_T):
-    """Mean loss over uint8 images (N,3,S,S) and times, as a float. The noise is the same every
-    time, so that the losses of two runs compare."""
+    """Mean loss over uint8 images (N,3,S,S) and times, as a float. The noise is always the same, so
+    that the losses of two runs can be compared."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     batches = zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH))
     for batch, y in batches:
         x = batch.float() / 127.5 - 1
-        for time_ in times:
+        for t_value in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
-            t = torch.full((len(x),), time_, device=x.device)
+            t = torch.full((len(x),), t_value, device=x.device)
             with autocast(x.device):
                 total += rectified_flow_loss(model, x, y, t, noise) * len(x)
     return total.item() / (len(images) * len(times))
@@ -164,20 +163,23 @@ def learning_rate_at(step):
     """Linear warmup, then constant, then a linear decay that would reach zero after step STEPS."""
     warmup_steps = max(1, min(WARMUP_STEPS, STEPS // 10))
     decay_steps = max(1, DECAY_SHARE * STEPS)
-    return LEARNING_RATE * min(1, step / warmup_steps, (STEPS + 1 - step) / decay_steps)
+    warmup = step / warmup_steps
+    decay = (STEPS + 1 - step) / decay_steps
+    return LEARNING_RATE * min(1, warmup, decay)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the averaged weights towards the model's. The average is over fewer steps at first, or
-    the random weights of the start would stay in it for long."""
+    """Move the averaged weights towards the model's. Early on the average spans fewer steps;
+    otherwise the random initial weights would linger in it."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - decay)
 
 
 def flops_per_image():
     """Floating-point operations of one picture's forward and backward pass, counted."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes, no numbers
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes only, no data
         model = new_model(["any"])
         x = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
         y = torch.zeros(1, dtype=torch.long)
@@ -200,18 +202,20 @@ def parse_flags(arguments=None):
     parser = common.new_parser(__doc__, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("how to begin")
     group.add_argument("--preset", choices=PRESETS, help="change several settings at once")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
     one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
     one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    one_of.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
-    common.add_setting_flags(parser, SETTINGS, source=__file__)
+    one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
+    common.add_setting_flags(parser, SETTINGS, source_file=__file__)
     options = vars(parser.parse_args(arguments))
+    if "resume" in options and "overwrite" in options:
+        parser.error("--resume continues a run and --overwrite replaces it: choose one")
     flags = {name: options.pop(name) for name in SETTINGS if name in options}
     return options, flags
 
 
 def check_settings():
-    """Raise UserError, with the constant's name, for a value with which no training could run."""
+    """Raise UserError, with the constant's name, for a value that no training could run with."""
     values = globals()
     intervals = ("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY", "LOG_EVERY")
     for name in (*MODEL_SETTINGS, *intervals, "STEPS", "BATCH_SIZE", "ACCUMULATE"):
@@ -229,14 +233,14 @@ def check_settings():
 
 
 def resume_settings(state, preset, flags):
-    """Make the settings of a resumed run the constants, except for those that flags change.
-    Raises UserError if that would make it another run."""
-    kept = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
-    wanted = {**kept, **preset, **flags}
+    """Set the constants to those of the resumed run, except for what the flags change. Raises
+    UserError if a flag or the preset would make it another run."""
+    saved = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
+    wanted = {**saved, **preset, **flags}
     for name in (*MODEL_SETTINGS, "SEED"):
-        if wanted[name] != kept[name]:
-            raise UserError(f"--resume: {name} is {kept[name]} in {OUT_DIR}, not {wanted[name]}")
-    globals().update({**kept, **flags, "OUT_DIR": OUT_DIR})
+        if wanted[name] != saved[name]:
+            raise UserError(f"--resume: {name} is {saved[name]} in {OUT_DIR}, not {wanted[name]}")
+    globals().update({**saved, **flags, "OUT_DIR": OUT_DIR})
 
 
 # Checkpoints
@@ -245,9 +249,9 @@ def resume_settings(state, preset, flags):
 def save_checkpoint(model, ema, optimizer, progress):
     """Write the EMA weights, and train_state.pt with everything that --resume needs.
 
-    progress: {"step": the last one done, "seconds": spent, "losses": since the last row of the
-    log}. Every file is written beside its place and then renamed, the state last, as it alone says
-    where --resume continues. Raises UserError if that fails; the last checkpoint stays.
+    progress: {"step": the last one done, "seconds": time spent, "losses": since the last row of the
+    log}. The files are written to a staging folder and then moved into place, the state last, as it
+    alone determines where --resume continues. Raises UserError on failure.
     """
     state = {
         **progress,
@@ -257,22 +261,22 @@ def save_checkpoint(model, ema, optimizer, progress):
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    beside = Path(OUT_DIR, ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    staging = Path(OUT_DIR, ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        ema.save_pretrained(beside)
-        torch.save(state, beside / "train_state.pt")
+        ema.save_pretrained(staging)
+        torch.save(state, staging / "train_state.pt")
         for name in CHECKPOINT_FILES:
-            (beside / name).replace(Path(OUT_DIR, name))
-        shutil.rmtree(beside)
+            (staging / name).replace(Path(OUT_DIR, name))
+        shutil.rmtree(staging)
     except (OSError, RuntimeError, SafetensorError) as error:
         message = f"cannot write to {OUT_DIR}, which keeps its last checkpoint: {error}"
         raise UserError(message) from error
 
 
 def main(arguments=None):
-    """Train, with a list of flags such as ["--steps", "100"]; by default those of the command
-    line. Afterwards the constants are what they were before."""
+    """Train. arguments: flags, such as ["--steps", "100"]; by default those of the command line.
+    Flags change constants of this module; afterwards they are what they were before."""
     constants = {name: globals()[name] for name in SETTINGS}
     try:
         train(*parse_flags(arguments))
@@ -282,7 +286,7 @@ def main(arguments=None):
 
 def train(options, flags):
     """The whole run, from top to bottom. The arguments are what parse_flags returns."""
-    # Settings: a preset changes the constants, then the flags do; a resumed run brings its own.
+    # Settings: a preset changes the constants, then the flags do; a resumed run has its own.
     preset = PRESETS.get(options.get("preset"), {})
     globals().update({**preset, **flags})
     out = Path(OUT_DIR)
@@ -292,84 +296,79 @@ def train(options, flags):
         resume_settings(state, preset, flags)
     check_settings()
     if state and state["step"] >= STEPS:
-        print(f"the run in {out} is finished, at step {state['step']}; to train on, raise --steps")
+        print(
+            f"the run in {out} is finished, at step {state['step']}; to train longer, raise --steps"
+        )
         return
     holds_run = any((out / name).exists() for name in (*CHECKPOINT_FILES, "log.csv"))
     if holds_run and not state and "overwrite" not in options:
         raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
 
-    # Device and processes. torchrun starts several; the master alone prints and writes.
-    device = pick_device(DEVICE)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Device and processes. torchrun starts several, of which only the master writes files.
+    device, rank, world_size = common.start_process(pick_device(DEVICE), BATCH_SIZE)
     master = rank == 0
-    if world > BATCH_SIZE:
-        raise UserError(f"BATCH_SIZE {BATCH_SIZE} is too small for {world} processes")
-    if world > 1:
-        backend = "gloo"
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-            backend = "cpu:gloo,cuda:nccl"  # some of the tensors reduced below are on the CPU
-        dist.init_process_group(backend)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
-    # Data: all pictures are held on the device.
+    # Data: all pictures stay on the device.
     common.make_folder(out / "samples")
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
-    val = held_out(labels)
-    train_images, train_labels = images[~val].to(device), labels[~val].to(device)
+    is_val = held_out(labels)
+    train_images, train_labels = images[~is_val].to(device), labels[~is_val].to(device)
     val_images, val_labels = train_images, train_labels
-    if val.any():  # else there are too few pictures to hold any out
-        val_images, val_labels = images[val].to(device), labels[val].to(device)
+    if is_val.any():  # otherwise there are too few pictures to hold any out
+        val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
 
-    # Model, its average and the optimizer: new, from trained weights, or of the run resumed.
+    # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
     torch.manual_seed(SEED)
     model = new_model(class_names).to(device)
     if "init_from" in options:
-        common.start_from(options["init_from"], model)
+        common.load_initial_weights(options["init_from"], model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     progress = {"step": 0, "seconds": 0.0, "losses": []}
     if state:
-        common.restore(state, model, ema, optimizer)
+        common.restore_state(state, model, ema, optimizer)
         progress = {name: state[name] for name in progress}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
     if COMPILE == "on" or (COMPILE == "auto" and device.type == "cuda"):
         model.compile()  # in place, so that the weights keep their names
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel_model = DistributedDataParallel(model) if world_size > 1 else model
 
-    # Files. From here on every process has read OUT_DIR, and the master may change it.
-    classes = torch.linspace(0, model.num_classes - 1, min(model.num_classes, 75)).round().long()
+    # Files. DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
+    grid_size = min(model.num_classes, 75)
+    grid_classes = torch.linspace(0, model.num_classes - 1, grid_size).round().long()
     if master:
-        common.print_summary(model, images, val, flops_per_image(), device)
+        common.print_summary(model, images, is_val, flops_per_image(), device)
         if not state:
             for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
                 grid.unlink()
             save_checkpoint(model, ema, optimizer, progress)  # from here on --resume works
-        common.start_log(out / "log.csv", LOG_HEADER, steps_done)
+        common.start_log(out / "log.csv", steps_done)
 
     # The loop
     max_norm = GRAD_CLIP if GRAD_CLIP > 0 else math.inf
     started = time.perf_counter() - progress["seconds"]
-    row_step, row_time = steps_done, time.perf_counter()  # of the last row of the log
+    last_row_step, last_row_time = steps_done, time.perf_counter()
     bar = tqdm(unit="img", unit_scale=True, total=STEPS * BATCH_SIZE, disable=not master)
     bar.update(steps_done * BATCH_SIZE)
     with bar, common.stop_signals() as signals:
         for step in range(steps_done + 1, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
 
-            # The batch is the same in every process. Each takes its slice, in ACCUMULATE parts,
-            # whose gradients add up to that of the whole batch.
+            # The batch is the same in every process. Each takes its slice, in ACCUMULATE
+            # micro-batches, whose gradients add up to that of the whole batch.
             batch = random_batch(train_images, train_labels, model.num_classes, step)
-            parts = [tensor.tensor_split(world)[rank].chunk(ACCUMULATE) for tensor in batch]
+            slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
+            micro_batches = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
             step_loss = torch.zeros((), device=device)
-            for number, (x, y, t, noise) in enumerate(zip(*parts), 1):
-                parallel.require_backward_grad_sync = number == len(parts[0])  # once a step
+            for micro_step, (x, y, t, noise) in enumerate(micro_batches, 1):
+                # DDP exchanges gradients during backward(): once per step is enough.
+                parallel_model.require_backward_grad_sync = micro_step == len(micro_batches)
                 with autocast(device):
-                    loss = rectified_flow_loss(parallel, x, y, t, noise)
+                    loss = rectified_flow_loss(parallel_model, x, y, t, noise)
                 loss = loss * (len(x) / BATCH_SIZE)
-                (loss * world).backward()  # DDP takes the mean over processes; this is their sum
+                (loss * world_size).backward()  # DDP averages over processes; this makes it a sum
                 step_loss += loss.detach()
 
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -378,9 +377,9 @@ def train(options, flags):
             update_ema(ema, model, step)
             bar.update(BATCH_SIZE)
 
-            # The loss is the sum over processes. A signal to one of them stops all, at this step.
+            # A signal to any process stops them all after this step.
             stop = len(signals) > 0
-            if world > 1:
+            if world_size > 1:
                 dist.all_reduce(step_loss)
                 stops = torch.tensor(int(stop))
                 dist.all_reduce(stops)
@@ -394,24 +393,30 @@ def train(options, flags):
                 train_loss = torch.stack(losses).mean().item()
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
-                    hint = f"lower LEARNING_RATE {LEARNING_RATE}; {out} keeps its last checkpoint"
+                    hint = f"lower LEARNING_RATE: --resume --learning-rate {LEARNING_RATE / 2:g}"
                     raise UserError(f"the loss is not finite at step {step}; {hint}")
 
             # Evaluate, and add a row to the log.
             if evaluate:
-                row_images = (step - row_step) * BATCH_SIZE
-                images_per_second = row_images / (time.perf_counter() - row_time)
-                val_loss = validation_loss(ema, val_images, val_labels)
-                row_step, row_time, losses = step, time.perf_counter(), []
+                row_images = (step - last_row_step) * BATCH_SIZE
+                images_per_second = row_images / (time.perf_counter() - last_row_time)
+                losses = []
                 if master:
+                    val_loss = validation_loss(ema, val_images, val_labels)
                     bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
-                    row = f"{step},{train_loss:.6f},{val_loss:.6f},{learning_rate_at(step):.4g}"
-                    row += f",{images_per_second:.1f},{row_time - started:.1f}"
-                    common.add_row(out / "log.csv", row)
+                    row = {
+                        "step": f"{step}",
+                        "train_loss": f"{train_loss:.6f}",
+                        "val_loss": f"{val_loss:.6f}",
+                        "learning_rate": f"{learning_rate_at(step):.4g}",
+                        "images_per_second": f"{images_per_second:.1f}",
+                        "seconds": f"{time.perf_counter() - started:.1f}",
+                    }
+                    common.append_row(out / "log.csv", row)
 
-            # Sample from the averaged weights: the same classes and noise each time.
+            # Sample from the averaged weights: always the same classes, and the same noise.
             if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
-                pictures = torch.cat(list(sample.generate(ema, classes, seed=SEED)))
+                pictures = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
                 grid = out / "samples" / f"step-{step:06}.png"
                 common.save_picture(sample.to_grid(pictures), grid)
 
@@ -419,10 +424,13 @@ def train(options, flags):
                 seconds = time.perf_counter() - started
                 progress = {"step": step, "seconds": seconds, "losses": losses}
                 save_checkpoint(model, ema, optimizer, progress)
+
+            if evaluate:  # what was done since then is not training
+                last_row_step, last_row_time = step, time.perf_counter()
             if stop:
                 break
 
-    if world > 1:
+    if world_size > 1:
         dist.destroy_process_group()
     if stop:
         print(f"stopped at step {step} and saved in {out}: continue with --resume", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where the pictures come from: the drawn butterflies, a folder, or a data set of the Hub.
+"""Where the pictures come from: the drawn butterflies, a folder, or a data set on the Hub.
 
 All three give the same: images uint8 (N,3,S,S), labels int64 (N,), and a list of class names.
 Everything is decoded once and stays in memory.
@@ -10,19 +10,18 @@ import zlib
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
+from common import download
 from data.drawn import draw_butterflies
 from model import UserError
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 
-# What Pillow raises when a file is broken, cut short, or made to fill the memory.
+# What Pillow raises when a file is broken, cut short, or crafted to exhaust memory.
 BROKEN_PICTURE = (
     ArithmeticError,
     AttributeError,
@@ -50,22 +49,17 @@ def load_dataset(name, image_size):
         return draw_butterflies(images_per_class=54, image_size=image_size, seed=0)
     if Path(name).is_dir():
         return load_images(name, image_size)
-    try:
-        folder = snapshot_download(name, repo_type="dataset")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"no data set at {name}: try --preset laptop, or --dataset FOLDER ({error})"
-        ) from error
-    return load_images(folder, image_size)
+    hint = f"no data set at {name}; try --preset laptop, or --dataset FOLDER"
+    return load_images(download(name, hint, repo_type="dataset"), image_size)
 
 
 def load_images(folder, image_size):
-    """Read a folder that holds one folder of pictures a class.
+    """Read a folder that holds one folder of pictures per class.
 
-    Returns uint8 (N,3,S,S), int64 labels (N,), and the class names, sorted; N runs through the
-    classes in that order. Pictures directly in `folder` form a class named after it. Hidden files
-    and folders are left out; files that cannot be read are named on stderr. Raises UserError if a
-    class has no picture.
+    Returns uint8 (N,3,S,S), int64 labels (N,), and the class names, sorted; the pictures are
+    ordered by class. Pictures directly in `folder` form a class named after it. Hidden files and
+    folders are left out; files that cannot be read are named on stderr. Raises UserError if a class
+    has no picture.
     """
     folder = Path(folder)
     try:
@@ -81,7 +75,7 @@ def load_images(folder, image_size):
         paths,
         desc="reading pictures",
         leave=False,
-        disable=None,  # no progress bar where stderr is no terminal
+        disable=None,  # no progress bar where stderr is not a terminal
     )
     picture_of = dict(zip(paths, pictures))
 
@@ -100,7 +94,7 @@ def load_images(folder, image_size):
             listed += ", ..."
         print(f"skipped {len(broken)} pictures that cannot be read: {listed}", file=sys.stderr)
     if not class_names:
-        raise UserError(f"no pictures in {folder}: it should hold one folder of pictures a class")
+        raise UserError(f"no pictures in {folder}: it should hold one folder of pictures per class")
     for label in set(range(len(class_names))) - set(labels):
         where = folder / class_names[label]
         raise UserError(f"no pictures in {where}: put some there, or remove the folder")
@@ -130,8 +124,8 @@ def find_pictures(folder, pattern):
 
 
 def read_picture(path, image_size):
-    """A picture file as uint8 (3,S,S): turned upright, transparency on white, the short side
-    resized, and the long side cropped to its middle. None if the file cannot be read."""
+    """A picture file as uint8 (3,S,S): turned upright, transparency composited onto white, the
+    short side resized, the long side cropped to its middle. None if the file cannot be read."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)  # decodes it, too

@@ -97,7 +97,7 @@ def path_around():
 
     def with_path(dit, z, t, y):
         P, side = dit.patch_size, dit.image_size // dit.patch_size
-        c = F.silu(dit.timestep_embedding(network.waves(t)) + dit.class_embedding(y))
+        c = F.silu(dit.timestep_embedding(network.timestep_features(t)) + dit.class_embedding(y))
         share = dit.path(c).view(len(z), 3, P, P).repeat(1, 1, side, side)
         t_ = t.float().clamp_min(network.MIN_T)[:, None, None, None]
         return forward(dit, z, t, y) - share * z / t_

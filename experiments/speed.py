@@ -233,7 +233,7 @@ def main():
     ours, plain = Ours(device, data), Plain(device, data)
     parameters = sum(w.numel() for w in ours.weights)
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP an image, batch {n}")
+    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image, batch {n}")
     print(f"{device}{threads}, torch {torch.__version__}")
     # Weights, gradients, two moments, average: five numbers of four bytes for each parameter.
     one = [x[:1].cpu() for x in train.random_batch(*data, 75, 0)]

@@ -33,7 +33,7 @@ def settings(folder):
 
 def constant(line):
     """The change of train.py that adds a line to its constants."""
-    seed = "SEED = 0  # of all random numbers\n"
+    seed = "SEED = 0  # seeds all random numbers\n"
     return seed, f"{seed}{line}\n"
 
 
@@ -269,7 +269,7 @@ BUGS = {
     ),
     "a KeyError in what the state holds": (
         "train.py",
-        '    beside = Path(OUT_DIR, ".writing")\n',
+        '    staging = Path(OUT_DIR, ".writing")\n',
         "planted = {}['more']",
         "KeyError",
     ),

@@ -13,7 +13,7 @@ STILL = ["--steps", 1, "--batch-size", 4, "--learning-rate", 0]  # the weights s
 def test_the_same_classes_begin_with_all_weights(trained, pictures, tmp_path):
     run = [*SMALL, *STILL, "--dataset", pictures, "--init-from", trained / "out"]
     out, _ = call("train.py", *run, cwd=tmp_path)
-    assert "anew" not in out
+    assert "random values" not in out
     begun = DiT.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in DiT.from_pretrained(trained / "out").state_dict().items():
         torch.testing.assert_close(begun[name], tensor, atol=1e-7, rtol=1e-6)
@@ -25,7 +25,7 @@ def test_other_classes_get_new_class_embeddings_and_it_says_so(trained, tmp_path
         Image.new("RGB", (20, 20), "red").save(tmp_path / "other" / name / "1.png")
     run = [*SMALL, *STILL, "--dataset", "other", "--init-from", trained / "out"]
     out, _ = call("train.py", *run, cwd=tmp_path)
-    assert "class embeddings start anew" in out
+    assert "class embeddings start from random values" in out
     begun = DiT.from_pretrained(tmp_path / "out")
     assert begun.class_names == ["moth", "owl"]
     before = DiT.from_pretrained(trained / "out").state_dict()

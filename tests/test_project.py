@@ -76,7 +76,7 @@ def test_speed_says_what_a_step_costs(tmp_path):
     out, _ = call("experiments/speed.py", *run, cwd=tmp_path)
     for word in (
         "M parameters",
-        "GFLOP an image",
+        "GFLOP per image",
         "img/s",
         "PFLOP",
         "times ours",
