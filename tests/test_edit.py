@@ -75,14 +75,15 @@ OWN_SETTINGS = {
 
 
 def test_constants_of_ones_own_are_flags_and_come_back(pictures, tmp_path):
-    script = edited(tmp_path, "train.py", constant(OWN)) / "train.py"
+    an_import = ("import copy\n", "import copy\nfrom argparse import SUPPRESS\n")  # a str
+    script = edited(tmp_path, "train.py", constant(OWN), an_import) / "train.py"
     out, _ = call(script, "--help", cwd=tmp_path)
     flags = {word for word in out.replace(",", " ").split() if word.startswith("--")}
     for name in OWN_SETTINGS:
         assert "--" + name.lower().replace("_", "-") in flags, name
     assert "--no-switch" in flags
     assert "my idea" in out and "100% of" in out and "{x} %s %(prog)s" in out
-    for name in ("A_TUPLE", "A_LIST", "NOTHING", "A_PATH", "LOWER_CASE"):
+    for name in ("A_TUPLE", "A_LIST", "NOTHING", "A_PATH", "LOWER_CASE", "SUPPRESS"):
         assert "--" + name.lower().replace("_", "-") not in flags
 
     call(script, *FEW, "--dataset", pictures, "--steps", 1, cwd=tmp_path)
@@ -93,6 +94,7 @@ def test_constants_of_ones_own_are_flags_and_come_back(pictures, tmp_path):
     expected |= {"SWITCH": False, "ZERO": 0.25, "ANNOTATED": 3, "LARGE": 1000, "INDENTED": 7}
     call(script, *FEW, "--dataset", pictures, *changed, "--steps", 2, "--overwrite", cwd=tmp_path)
     assert expected.items() <= settings(tmp_path).items()
+    assert isinstance(settings(tmp_path)["LARGE"], int)  # 1e3 is whole
     call(script, "--resume", "--steps", 3, cwd=tmp_path)
     assert expected.items() <= settings(tmp_path).items()
 
