@@ -296,9 +296,7 @@ def train(options, flags):
         resume_settings(state, preset, flags)
     check_settings()
     if state and state["step"] >= STEPS:
-        print(
-            f"the run in {out} is finished, at step {state['step']}; to train longer, raise --steps"
-        )
+        print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
         return
     holds_run = any((out / name).exists() for name in (*CHECKPOINT_FILES, "log.csv"))
     if holds_run and not state and "overwrite" not in options:
