@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-# Training draws few t below this, and v = (z_t - x) / t magnifies an error in x by 1/t. Every
-# smaller t is therefore treated as this one, both in the features of t and in the division.
+# v = (z_t - x) / t magnifies an error in x by 1/t, so training draws no t below this. Sampling may
+# go lower: to the network, every smaller t looks like this one.
 MIN_T = 0.05
 
 
@@ -130,7 +130,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     def forward(self, z, t, y):
         """The velocity at z_t = (1-t) x + t eps.
 
-        z: (B,3,S,S) float, noisy pictures; t: (B,) in [0, 1], 0 is data and 1 is noise;
+        z: (B,3,S,S) float, noisy pictures; t: (B,) in (0, 1], near 0 data, and at 1 noise;
         y: (B,) int64 class ids, where num_classes is the null class. Returns (B,3,S,S) float32.
         """
         P = self.patch_size
@@ -155,8 +155,9 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, 3*P*P, S/P, S/P)
         x = F.pixel_shuffle(x, P)  # (B, 3, S, S)
 
-        # On the line from x to eps, z_t - x = t (eps - x) = t v, whence v.
-        return (z.float() - x) / t.float().clamp_min(MIN_T)[:, None, None, None]
+        # On the line from x to eps, z_t - x = t (eps - x) = t v. The division is by the true t, so
+        # that the last Euler step, of length t, ends at the predicted x.
+        return (z.float() - x) / t.float()[:, None, None, None]
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import common
 import sample
 from data.images import held_out, load_dataset
-from model import DiT, UserError, autocast, check_sizes, pick_device
+from model import MIN_T, DiT, UserError, autocast, check_sizes, pick_device
 
 imported = set(globals())  # the names above, which are not settings even if upper-case
 
@@ -111,7 +111,7 @@ def rectified_flow_loss(model, x, y, t, noise):
         loss = |model(z_t, t, y) - v|^2
 
     model: any callable (z, t, y) -> v. x, noise: (B,3,S,S), the pictures in [-1, 1]. y: (B,) class
-    ids. t: (B,) in [0, 1], 0 is data and 1 is noise. Liu et al. 2022, arXiv 2209.03003.
+    ids. t: (B,) in [0, 1]: 0 is data, 1 is noise. Liu et al. 2022, arXiv 2209.03003.
     """
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * x + t_ * noise
@@ -123,7 +123,8 @@ def random_batch(images, labels, num_classes, step):
     """The training batch of a step. On a given kind of device, SEED and step determine it.
 
     images: uint8 (N,3,S,S); labels: (N,). Returns pictures x (B,3,S,S) in [-1, 1], class ids y
-    (B,), of which some are num_classes, the null class, times t (B,), and noise (B,3,S,S).
+    (B,), of which some are num_classes, the null class, times t (B,) from MIN_T to 1, and noise
+    (B,3,S,S).
     """
     device = images.device if images.is_cuda else torch.device("cpu")
     seed = (SEED * 1_000_003 + step) % 2**63  # so that runs of near seeds share no batches
@@ -131,7 +132,7 @@ def random_batch(images, labels, num_classes, step):
     indices = torch.randint(len(images), (BATCH_SIZE,), **rng)
     flipped = torch.rand(BATCH_SIZE, **rng) < FLIP_SHARE
     dropped = torch.rand(BATCH_SIZE, **rng) < LABEL_DROP
-    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **rng))
+    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **rng)).clamp_min(MIN_T)
     noise = torch.randn(BATCH_SIZE, *images.shape[1:], **rng)
 
     drawn = (indices, flipped, dropped, t, noise)

@@ -78,11 +78,10 @@ def change_optimizer(**options):
 def predict_v():
     """What the network puts out is v itself, instead of the x in v = (z_t - x) / t."""
     forward = network.DiT.forward
-    network.MIN_T = 1e-6  # v needs no bound, so no t counts as a larger one
+    network.MIN_T = train.MIN_T = 1e-6  # v needs no bound, so no t counts as a larger one
 
     def put_out(dit, z, t, y):
-        t_ = t.float().clamp_min(network.MIN_T)[:, None, None, None]
-        return z.float() - t_ * forward(dit, z, t, y)
+        return z.float() - t.float()[:, None, None, None] * forward(dit, z, t, y)
 
     network.DiT.forward = put_out
 
@@ -99,8 +98,7 @@ def path_around():
         P, side = dit.patch_size, dit.image_size // dit.patch_size
         c = F.silu(dit.timestep_embedding(network.timestep_features(t)) + dit.class_embedding(y))
         share = dit.path(c).view(len(z), 3, P, P).repeat(1, 1, side, side)
-        t_ = t.float().clamp_min(network.MIN_T)[:, None, None, None]
-        return forward(dit, z, t, y) - share * z / t_
+        return forward(dit, z, t, y) - share * z / t.float()[:, None, None, None]
 
     forward = network.DiT.forward
     network.DiT.forward = with_path
@@ -267,7 +265,8 @@ def uniform_t():
     generator = torch.Generator().manual_seed(0)
 
     def change(x, y, t, noise):
-        return x, y, torch.rand(len(t), generator=generator).to(t.device), noise
+        t = torch.rand(len(t), generator=generator).to(t.device).clamp_min(train.MIN_T)
+        return x, y, t, noise
 
     change_batches(change)
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 import train
 from data.images import held_out, load_images
-from model import UserError
+from model import MIN_T, UserError
 from train import random_batch
 
 RED = (200, 30, 40)
@@ -158,6 +158,7 @@ def test_a_batch_follows_from_the_seed_and_the_step(monkeypatch):
     assert mirrored == pytest.approx(0.5, abs=0.04)
     assert (y == 3).float().mean() == pytest.approx(train.LABEL_DROP, abs=0.025)
     assert ((x[:, 0, 0, 1] == 1) == (y == 1))[y != 3].all()  # labels stay with their pictures
+    assert MIN_T <= t.min() < MIN_T + 0.05 and t.max() < 1
     logit = torch.logit(t.double())
     assert logit.mean().item() == pytest.approx(train.T_MEAN, abs=0.08)
     assert logit.std().item() == pytest.approx(train.T_STD, abs=0.06)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model import DiT
 from sample import sample_conditional_cfg
 from train import rectified_flow_loss
 
@@ -119,3 +120,15 @@ def test_record_sees_the_whole_way():
     x = sample_conditional_cfg(model, torch.arange(4), 3, 1, noise(), record=seen.append)
     assert len(seen) == 4
     assert torch.equal(seen[0], noise()) and torch.equal(seen[-1], x)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 25, 100])
+@pytest.mark.parametrize("cfg_scale", [1, 3.0])
+def test_sampling_lands_on_the_picture_that_the_network_predicts(steps, cfg_scale):
+    # A new network's last layer is zero but for its bias: it predicts this picture, whatever it
+    # sees. No noise may be left of it, however small t becomes.
+    model = DiT(8, 4, 16, 1, 2, ["a", "b"])
+    torch.nn.init.normal_(model.final_layer.bias)
+    patch = model.final_layer.bias.detach().view(3, 4, 4)
+    x = sample_conditional_cfg(model, torch.tensor([0, 1]), steps, cfg_scale, noise(2))
+    torch.testing.assert_close(x, patch.repeat(2, 1, 2, 2), atol=1e-5, rtol=0)

@@ -16,7 +16,7 @@ def make(**changes):
 def inputs(b=5, size=16):
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(b, 3, size, size, generator=generator)
-    return z, torch.linspace(0, 1, b), torch.arange(b) % 4
+    return z, torch.linspace(0.01, 1, b), torch.arange(b) % 4
 
 
 def shaken(model):
@@ -39,8 +39,7 @@ def test_returns_a_float32_velocity_of_the_pictures_shape():
 
 def test_at_the_start_the_network_predicts_zero():
     z, t, y = inputs()
-    # x = 0 means v = (z - 0) / t, with t bounded below; v = 0 is just that.
-    expected = z / t.clamp_min(0.05)[:, None, None, None]
+    expected = z / t[:, None, None, None]  # x = 0 means v = (z - 0) / t
     torch.testing.assert_close(make()(z, t, y), expected)
 
 
@@ -85,13 +84,16 @@ def test_time_and_class_matter_and_pictures_do_not_mix():
     torch.testing.assert_close(v[2:3], model(z[2:3], t[2:3], y[2:3]), atol=1e-5, rtol=1e-5)
 
 
-def test_t_that_training_hardly_draws_count_as_the_smallest_that_it_does():
+def test_t_that_training_never_draws_looks_like_the_smallest_that_it_does():
     model = shaken(make())
     z, _, y = inputs()
-    v = model(z, torch.full((5,), MIN_T), y)
-    for t in (0.0, 0.01, 0.04):
-        torch.testing.assert_close(model(z, torch.full((5,), t), y), v)
-    assert not torch.allclose(model(z, torch.full((5,), 0.06), y), v, atol=1e-3)
+
+    def predicted_x(t):
+        return z - t * model(z, torch.full((5,), t), y)
+
+    for t in (0.001, 0.01, 0.04):
+        torch.testing.assert_close(predicted_x(t), predicted_x(MIN_T), atol=1e-5, rtol=0)
+    assert not torch.allclose(predicted_x(0.06), predicted_x(MIN_T), atol=1e-4)
 
 
 def test_the_null_class_is_one_more_than_the_classes():
