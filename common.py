@@ -11,10 +11,12 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import sys
 import threading
+import time
 import tokenize
 import zipfile
 import zlib
@@ -28,7 +30,7 @@ from huggingface_hub.utils.logging import set_verbosity_error
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model import DiT, UserError
+from model import DiT, UserError, uses_bf16
 
 # What zipfile and torch.load raise when a file is not what it should be.
 UNREADABLE = (
@@ -45,6 +47,8 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
 
 # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is what they share.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -178,7 +182,14 @@ def check_number(settings, name, lowest=-math.inf, highest=math.inf, whole=False
         settings[name] = int(value)
 
 
-# Processes and signals
+def check_choice(settings, name, choices):
+    """Raise UserError, with the name, unless the setting is one of the choices."""
+    if settings.get(name) not in choices:
+        listed = ", ".join(choices)
+        raise UserError(f"{name} is {settings.get(name)!r}: choose one of {listed}")
+
+
+# Processes, compilation and signals
 
 
 def start_process(device, batch_size):
@@ -195,6 +206,37 @@ def start_process(device, batch_size):
             backend = "cpu:gloo,cuda:nccl"  # train.py reduces tensors on the CPU, too
         dist.init_process_group(backend)
     return device, rank, world_size
+
+
+def compiling_pays(device, run_flops):
+    """Whether a run of so many floating-point operations is worth the wait for torch.compile: on
+    CUDA always, on a CPU from some twenty minutes on, at 50 GFLOP/s a core."""
+    minutes = run_flops / (50e9 * torch.get_num_threads()) / 60
+    return device.type == "cuda" or (device.type == "cpu" and minutes > 20)
+
+
+def compile_blocks(model, loss, uneven):
+    """Let torch.compile translate the blocks of a model, and say how long that took. If it cannot,
+    there is a warning, and the blocks stay as they are.
+
+    One block is compiled, and the others share its code: seconds instead of minutes for the whole.
+    loss: a function that calls the model and returns its loss, as compilation happens only then.
+    uneven: whether batches will differ in size; then the code is made for any size.
+    """
+    begin = time.perf_counter()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=uneven or None)
+    try:
+        loss().backward()
+    except RuntimeError as error:  # an error in the model's own code comes again, uncompiled
+        for block in model.blocks:
+            del block.forward  # what is left is the method of its class
+        reason = " ".join(str(error).split())[:200]
+        message = "torch.compile failed, and the run goes on without it; --compile off avoids this"
+        print(f"warning: {message} ({reason})", file=sys.stderr)
+    else:
+        print(f"compiled in {time.perf_counter() - begin:.0f} seconds", flush=True)
+    model.zero_grad()
 
 
 @contextlib.contextmanager
@@ -233,7 +275,7 @@ def stop_signals():
 # Files and checkpoints
 
 
-def print_summary(model, images, val_mask, flops, device):
+def print_summary(model, images, val_mask, flops, device, precision):
     """Say what will be trained: classes, pictures, size of the network, cost and device."""
     names = model.class_names
     if len(names) > 8:
@@ -241,7 +283,8 @@ def print_summary(model, images, val_mask, flops, device):
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{model.num_classes} classes, {len(images)} pictures, {val_mask.sum()} of them held out")
     print(f"classes: {', '.join(names)}")
-    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image, on {device}")
+    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image", end=", ")
+    print(f"on {device} in {'bf16' if uses_bf16(device, precision) else 'fp32'}")
     sys.stdout.flush()  # a log file should show it at once
 
 
@@ -369,6 +412,22 @@ def load_model(checkpoint):
     except RuntimeError as error:  # of load_state_dict: other names or shapes
         raise UserError(f"{weights_file} does not fit config.json: {str(error)[:200]}") from error
     return model.eval()
+
+
+def write_checkpoint(out, ema, state):
+    """Write CHECKPOINT_FILES to a staging folder and then move them into place, the state last, as
+    it alone determines where --resume continues. Raises UserError on failure."""
+    staging = out / ".writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        ema.save_pretrained(staging)
+        torch.save(state, staging / "train_state.pt")
+        for name in CHECKPOINT_FILES:
+            (staging / name).replace(out / name)
+        shutil.rmtree(staging)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        message = f"cannot write to {out}, which keeps its last checkpoint: {error}"
+        raise UserError(message) from error
 
 
 def load_state(path):

@@ -229,8 +229,25 @@ def pick_device(name):
     return device
 
 
-def autocast(device):
-    """A context in which matrix products run in bfloat16, on GPUs with native bfloat16. Elsewhere
-    it would be slow, and everything stays float32."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def computes_in_bf16(device):
+    """Whether the device has instructions for bfloat16, which is slow where it is imitated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        features = torch.cpu.get_capabilities()
+        return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    older_torch = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return older_torch()
+
+
+def uses_bf16(device, precision):
+    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device."""
+    return precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
+
+
+def autocast(device, precision="auto"):
+    """A context in which matrix products and attention run in bfloat16, if that is the precision,
+    while the weights stay float32. "auto" is bf16 where the device computes in it, else fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))

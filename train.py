@@ -13,7 +13,6 @@ everything to its OUT_DIR.
 import argparse
 import copy
 import math
-import shutil
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -72,7 +70,8 @@ T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 # --- system ---
 SEED = 0  # seeds all random numbers
 DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
-COMPILE = "auto"  # torch.compile: on, off, or auto, which is on for CUDA
+PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the device computes in it
+COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
 
 # Every upper-case bool, int, float or str above, including any that you add, is a setting: it gets
 # a flag, and is saved with the run for --resume.
@@ -97,7 +96,6 @@ PRESETS = {"laptop": LAPTOP}
 
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
 
 
 # The method: what is learned, from which batches, at which rate.
@@ -143,6 +141,13 @@ def random_batch(images, labels, num_classes, step):
     return x, y, t, noise
 
 
+def micro_batches(batch, rank, world_size):
+    """What one process trains on of a batch, the same in all processes: its slice, cut into
+    ACCUMULATE parts. A list of (x, y, t, noise)."""
+    slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
+    return list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
+
+
 @torch.no_grad()
 def validation_loss(model, images, labels, times=EVAL_T):
     """Mean loss over uint8 images (N,3,S,S) and times, as a float. The noise is always the same, so
@@ -155,7 +160,7 @@ def validation_loss(model, images, labels, times=EVAL_T):
         for t_value in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             t = torch.full((len(x),), t_value, device=x.device)
-            with autocast(x.device):
+            with autocast(x.device, PRECISION):
                 total += rectified_flow_loss(model, x, y, t, noise) * len(x)
     return total.item() / (len(images) * len(times))
 
@@ -229,8 +234,8 @@ def check_settings():
     for name in ("LEARNING_RATE", "GRAD_CLIP", "T_STD"):
         common.check_number(values, name, lowest=0)
     common.check_number(values, "T_MEAN")
-    if COMPILE not in ("auto", "on", "off"):
-        raise UserError(f"COMPILE is {COMPILE!r}: choose auto, on or off")
+    common.check_choice(values, "PRECISION", ("auto", "bf16", "fp32"))
+    common.check_choice(values, "COMPILE", ("auto", "on", "off"))
 
 
 def resume_settings(state, preset, flags):
@@ -251,8 +256,7 @@ def save_checkpoint(model, ema, optimizer, progress):
     """Write the EMA weights, and train_state.pt with everything that --resume needs.
 
     progress: {"step": the last one done, "seconds": time spent, "losses": since the last row of the
-    log}. The files are written to a staging folder and then moved into place, the state last, as it
-    alone determines where --resume continues. Raises UserError on failure.
+    log}. Raises UserError if it cannot be written; the last checkpoint stays.
     """
     state = {
         **progress,
@@ -262,17 +266,7 @@ def save_checkpoint(model, ema, optimizer, progress):
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    staging = Path(OUT_DIR, ".writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        ema.save_pretrained(staging)
-        torch.save(state, staging / "train_state.pt")
-        for name in CHECKPOINT_FILES:
-            (staging / name).replace(Path(OUT_DIR, name))
-        shutil.rmtree(staging)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        message = f"cannot write to {OUT_DIR}, which keeps its last checkpoint: {error}"
-        raise UserError(message) from error
+    common.write_checkpoint(Path(OUT_DIR), ema, state)
 
 
 def main(arguments=None):
@@ -299,7 +293,7 @@ def train(options, flags):
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
         return
-    holds_run = any((out / name).exists() for name in (*CHECKPOINT_FILES, "log.csv"))
+    holds_run = any((out / name).exists() for name in (*common.CHECKPOINT_FILES, "log.csv"))
     if holds_run and not state and "overwrite" not in options:
         raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
 
@@ -330,15 +324,20 @@ def train(options, flags):
         progress = {name: state[name] for name in progress}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
-    if COMPILE == "on" or (COMPILE == "auto" and device.type == "cuda"):
-        model.compile()  # in place, so that the weights keep their names
+    run_flops = flops_per_image() * BATCH_SIZE * STEPS
+    if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
+        batch = random_batch(train_images, train_labels, model.num_classes, step=1)
+        part = micro_batches(batch, rank, world_size)[0]
+        with autocast(device, PRECISION):
+            uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
+            common.compile_blocks(model, lambda: rectified_flow_loss(model, *part), uneven)
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
 
     # Files. DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
-    grid_size = min(model.num_classes, 75)
-    grid_classes = torch.linspace(0, model.num_classes - 1, grid_size).round().long()
+    grid_size = min(len(class_names), 75)
+    grid_classes = torch.linspace(0, len(class_names) - 1, grid_size).round().long()
     if master:
-        common.print_summary(model, images, is_val, flops_per_image(), device)
+        common.print_summary(model, images, is_val, flops_per_image(), device, PRECISION)
         if not state:
             for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
                 grid.unlink()
@@ -355,16 +354,14 @@ def train(options, flags):
         for step in range(steps_done + 1, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
 
-            # The batch is the same in every process. Each takes its slice, in ACCUMULATE
-            # micro-batches, whose gradients add up to that of the whole batch.
+            # The gradients of the parts, in all processes, add up to that of the whole batch.
             batch = random_batch(train_images, train_labels, model.num_classes, step)
-            slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
-            micro_batches = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
+            parts = micro_batches(batch, rank, world_size)
             step_loss = torch.zeros((), device=device)
-            for micro_step, (x, y, t, noise) in enumerate(micro_batches, 1):
+            for number, (x, y, t, noise) in enumerate(parts, 1):
                 # DDP exchanges gradients during backward(): once per step is enough.
-                parallel_model.require_backward_grad_sync = micro_step == len(micro_batches)
-                with autocast(device):
+                parallel_model.require_backward_grad_sync = number == len(parts)
+                with autocast(device, PRECISION):
                     loss = rectified_flow_loss(parallel_model, x, y, t, noise)
                 loss = loss * (len(x) / BATCH_SIZE)
                 (loss * world_size).backward()  # DDP averages over processes; this makes it a sum

@@ -427,10 +427,8 @@ def train_row(row, flags, real, stage):
     val = train.held_out(labels)
     seen = torch.arange(len(labels))[~val][:: max(1, (~val).sum() // val.sum().clamp_min(1))]
     record_loss_on(images[seen].to(device), labels[seen].to(device), out / "train-curve.txt")
-    if stage["compile"]:
-        words += ["--compile", "on"]
-    if stage["bf16"]:
-        train_in_bf16()
+    words += ["--compile", "on" if stage["compile"] else "off"]
+    words += ["--precision", "auto" if stage["bf16"] else "fp32"]
     train.main(words)
 
     dit = common.load_model(out).to(device)
@@ -466,14 +464,6 @@ def score(dit, real, stage):
     seen = samples(stage["samples"], scale)
     kid, frechet = kernel_distance(seen, real), frechet_distance(seen, real)
     return {"guidance": scale, "kid": f"{kid:.1f}", "frechet": f"{frechet:.1f}"}
-
-
-def train_in_bf16():
-    """bfloat16 on CPUs that compute in it; one without AVX-512 would imitate it, at a tenth of the
-    speed."""
-    if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        for module in (train, sample):
-            module.autocast = lambda device: torch.autocast(device.type, torch.bfloat16)
 
 
 def read_rows(path):

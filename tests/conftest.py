@@ -16,6 +16,7 @@ from data.drawn import draw_butterflies
 ROOT = Path(__file__).parents[1]
 # One block of width 16 on pictures of 16x16: a step takes milliseconds.
 SMALL = "--image-size 16 --patch-size 4 --dim 16 --depth 1 --heads 2 --device cpu".split()
+SMALL += ["--precision", "fp32"]  # the same on every CPU
 
 
 def environment(**extra):

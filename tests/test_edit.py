@@ -270,8 +270,8 @@ BUGS = {
         "AttributeError",
     ),
     "a KeyError in what the state holds": (
-        "train.py",
-        '    staging = Path(OUT_DIR, ".writing")\n',
+        "common.py",
+        '    staging = out / ".writing"\n',
         "planted = {}['more']",
         "KeyError",
     ),
@@ -287,6 +287,15 @@ def test_a_bug_of_ones_own_shows_its_line(pictures, tmp_path, bug):
     code, _, err = finish(script, *run, cwd=tmp_path)
     assert code == 1 and "Traceback" in err
     assert planted in err and err.strip().splitlines()[-1].startswith(error)
+
+
+def test_a_bug_in_a_compiled_block_shows_its_line(pictures, tmp_path):
+    line = "        x = x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))\n"
+    change = (line, f"{line}        x = x + torch.zeros(7)\n")
+    script = edited(tmp_path, "model.py", change) / "train.py"
+    run = [*FEW, "--dataset", pictures, "--steps", 2, "--compile", "on"]
+    code, _, err = finish(script, *run, cwd=tmp_path)
+    assert code == 1 and "Traceback" in err and "x = x + torch.zeros(7)" in err
 
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if "__init__" in bug or "forward" in bug])

@@ -269,17 +269,6 @@ def test_the_average_follows_the_first_steps_and_then_remembers(monkeypatch):
     assert ema.weight.item() == pytest.approx(0.999 * (1 - kept), abs=1e-6)
 
 
-def test_saved_names_are_the_same_under_compile(tmp_path, monkeypatch):
-    model = DiT(16, 4, 16, 1, 2, ["a"])
-    model.compile(backend="eager")
-    model(torch.zeros(1, 3, 16, 16), torch.ones(1), torch.zeros(1, dtype=torch.long))
-    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
-    train.save_checkpoint(model, model, torch.optim.AdamW(model.parameters()), {"step": 0})
-    plain = DiT(16, 4, 16, 1, 2, ["a"]).state_dict()
-    assert set(state(tmp_path)["model"]) == set(plain)
-    assert set(DiT.from_pretrained(tmp_path).state_dict()) == set(plain)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_run_on_cuda_in_bf16_and_compiled(pictures, tmp_path):
     settings = [*SMALL, "--dataset", pictures, "--steps", 30, "--batch-size", 8, "--device", "cuda"]
