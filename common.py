@@ -61,6 +61,7 @@ def run_command(main, if_out_of_memory="close other programs"):
     """Call main(). A UserError, or running out of memory, becomes one line on stderr and exit
     status 2; any other exception is a bug, and keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    sys.stdout, sys.stderr = QuietStream(sys.stdout), QuietStream(sys.stderr)
     set_verbosity_error()  # huggingface_hub would print warnings of its own
     try:
         main()
@@ -74,6 +75,31 @@ def run_command(main, if_out_of_memory="close other programs"):
         if not any(phrase in str(error) for phrase in OUT_OF_MEMORY):
             raise
         exit_with_error(f"out of memory: {if_out_of_memory} ({error})")
+
+
+class QuietStream:
+    """A text stream that falls silent when its pipe or terminal is gone, instead of ending a
+    training with an exception."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            return self.stream.write(text)
+        self.fall_silent()
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            return self.stream.flush()
+        self.fall_silent()
+
+    def fall_silent(self):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def exit_with_error(message):
@@ -273,6 +299,36 @@ def stop_signals():
 
 
 # Files and checkpoints
+
+
+def lock_folder(folder):
+    """Keep other processes from training into the folder, until unlock_folder() or the end of this
+    one: the lock is the operating system's, so a crash leaves nothing of it. Raises UserError if
+    another process has it. Does nothing on Windows, where folders have no locks."""
+    global locked_folder
+    if os.name == "nt":
+        return
+    import fcntl
+
+    locked_folder = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(locked_folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"another training is writing to {folder}: wait for it, or name another --out-dir"
+        raise UserError(message) from error
+    except OSError:
+        pass  # a network file system without locks
+
+
+def unlock_folder():
+    """Give the lock of lock_folder() back, if there is one."""
+    global locked_folder
+    if locked_folder is not None:
+        os.close(locked_folder)
+        locked_folder = None
+
+
+locked_folder = None  # the file descriptor of the one that is locked, which keeps the lock
 
 
 def print_summary(model, images, val_mask, flops, device, precision):

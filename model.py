@@ -52,6 +52,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         q = self.scale * norm(q)
         k = norm(k)
+        v = v.contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, dim)
         return self.out(x)

@@ -277,6 +277,7 @@ def main(arguments=None):
         train(*parse_flags(arguments))
     finally:
         globals().update(constants)
+        common.unlock_folder()
 
 
 def train(options, flags):
@@ -304,6 +305,8 @@ def train(options, flags):
 
     # Data: all pictures stay on the device.
     common.make_folder(out / "samples")
+    if master:
+        common.lock_folder(out)
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
     train_images, train_labels = images[~is_val].to(device), labels[~is_val].to(device)

@@ -1,11 +1,13 @@
 """What the project is for: people edit the files. Copies of them are edited here, and run."""
 
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, finish, refused
+from conftest import ROOT, SMALL, call, finish, refused, start
 from PIL import Image
 
 import train
@@ -328,3 +330,22 @@ def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
     assert "\\u8776" in out
     out, _ = call("sample.py", "--list-classes", cwd=tmp_path, **plain)
     assert "\\u8776" in out
+
+
+def test_a_second_ctrl_c_ends_a_step_that_does_not_end(pictures, tmp_path):
+    line = "            update_ema(ema, model, step)\n"
+    change = (line, f"{line}            time.sleep(100)\n")
+    script = edited(tmp_path, "train.py", change) / "train.py"
+    process = start(script, *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
+    while not (tmp_path / "out" / "train_state.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    time.sleep(2)  # the first step has begun
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # still in that step
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "press Ctrl-C again" in err and "Traceback" not in err
+    state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
+    assert state["step"] == 0

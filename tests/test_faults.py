@@ -334,17 +334,33 @@ def test_mutated_files_end_in_no_traceback():
     assert fuzz(count=8, seed=1000) == []
 
 
-def test_out_of_memory_names_what_to_set(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has more."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: 9 GiB"),
+        MemoryError("9 GiB"),
+    ],
+)
+def test_out_of_memory_names_what_to_set(capsys, error):
     def main():
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has more."
-        )
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         run_command(main, if_out_of_memory="lower BATCH_SIZE, or raise ACCUMULATE")
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "BATCH_SIZE" in line and "ACCUMULATE" in line and "9 GiB" in line
+    assert "BATCH_SIZE" in line and "ACCUMULATE" in line
+    assert "9 GiB" in line or isinstance(error, MemoryError)
+
+
+def test_a_batch_too_large_for_the_memory_is_one_line(pictures, tmp_path):
+    settings = [*SMALL, "--dataset", pictures, "--batch-size", 10**12, "--compile", "off"]
+    _, err = call("train.py", *settings, cwd=tmp_path, status=2)
+    line = err.strip().splitlines()[-1]
+    assert "out of memory" in line and "BATCH_SIZE" in line and "ACCUMULATE" in line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

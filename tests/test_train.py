@@ -2,6 +2,7 @@
 
 import csv
 import signal
+import sys
 import time
 
 import pytest
@@ -126,7 +127,8 @@ def test_resume_with_other_classes_is_refused(trained, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    "number, status",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_a_stopped_run_resumes_bit_for_bit(pictures, tmp_path, number, status):
     settings = [*SMALL, "--dataset", pictures, "--steps", 300, "--batch-size", 4]
@@ -275,3 +277,69 @@ def test_a_run_on_cuda_in_bf16_and_compiled(pictures, tmp_path):
     call("train.py", *settings, cwd=tmp_path)
     assert not any("_orig_mod" in name for name in state(tmp_path / "out")["model"])
     assert float(rows(tmp_path / "out")[-1]["train_loss"]) < 3
+
+
+def far(folder):
+    """Flags of a run that is long enough to do something to it, and waits for its fifth row."""
+    return [*SMALL, "--dataset", folder, "--batch-size", 4, "--eval-every", 2]
+
+
+def wait_for_rows(process, folder, count):
+    while not (folder / "out" / "log.csv").exists() or len(rows(folder / "out")) < count:
+        time.sleep(0.01)
+        assert process.poll() is None
+
+
+def test_the_first_ctrl_c_says_at_once_what_it_does(pictures, tmp_path):
+    process = start("train.py", *far(pictures), "--steps", 10**6, cwd=tmp_path)
+    wait_for_rows(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopping after this step; press Ctrl-C again" in err
+    assert "stopped at step" in err and "--resume" in err
+
+
+def test_handlers_are_put_back_and_an_ignored_hangup_stays_ignored(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train.main([*map(str, far(pictures)), "--steps", "2"])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    ignored = 'trap "" HUP; exec "$0" "$@"'  # as nohup does
+    run = [*far(pictures), "--steps", 400, "--overwrite"]
+    process = start("train.py", *run, cwd=tmp_path, shell=ignored)
+    time.sleep(1)
+    wait_for_rows(process, tmp_path, 5)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=100)
+    assert process.returncode == 0 and state(tmp_path / "out")["step"] == 400
+
+
+def test_a_closed_pipe_or_terminal_loses_nothing(pictures, tmp_path):
+    process = start("train.py", *far(pictures), "--steps", 200, cwd=tmp_path)
+    wait_for_rows(process, tmp_path, 3)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=100) == 0
+    assert state(tmp_path / "out")["step"] == 200 and len(rows(tmp_path / "out")) == 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks on Windows")
+def test_a_second_training_into_a_folder_is_refused(pictures, tmp_path):
+    process = start("train.py", *far(pictures), "--steps", 10**6, cwd=tmp_path)
+    wait_for_rows(process, tmp_path, 3)
+    for more in ("--resume", "--overwrite"):
+        flags = [] if more == "--resume" else far(pictures)
+        line = refused("train.py", *flags, more, cwd=tmp_path)
+        assert "another training" in line and "--out-dir" in line
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    call("train.py", "--resume", "--steps", state(tmp_path / "out")["step"] + 2, cwd=tmp_path)
+
+
+def test_a_seed_may_be_a_date_or_larger(pictures, tmp_path):
+    for seed in (20251125094300, 2**63 - 1):
+        run = [*far(pictures), "--steps", 2, "--seed", seed, "--out-dir", seed]
+        call("train.py", *run, cwd=tmp_path)
+    call("train.py", "--resume", "--out-dir", seed, "--steps", 3, cwd=tmp_path)
+    assert state(tmp_path / str(seed))["settings"]["SEED"] == 2**63 - 1
