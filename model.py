@@ -215,18 +215,19 @@ class UserError(Exception):
 def pick_device(name):
     """The torch device with the given name; "auto" is cuda, else mps, else cpu. Raises UserError if
     this machine does not have it."""
+    available = {"cuda": torch.cuda.device_count(), "mps": 0, "cpu": 1}  # how many of each
+    if torch.backends.mps.is_available():
+        available["mps"] = 1
     if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = next(kind for kind in available if available[kind] > 0)
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        message = f'DEVICE "{name}" is not available here: choose auto, cuda, mps or cpu ({error})'
-        raise UserError(message) from error
+    except RuntimeError as error:
+        raise UserError(
+            f'DEVICE "{name}" is not a device: choose auto, cuda, mps or cpu'
+        ) from error
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise UserError(f'DEVICE "{name}" is not available here: choose another, or auto')
     return device
 
 

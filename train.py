@@ -118,22 +118,25 @@ def rectified_flow_loss(model, x, y, t, noise):
 
 
 def random_batch(images, labels, num_classes, step):
-    """The training batch of a step. On a given kind of device, SEED and step determine it.
+    """The training batch of a step, which SEED and the step determine.
 
     images: uint8 (N,3,S,S); labels: (N,). Returns pictures x (B,3,S,S) in [-1, 1], class ids y
     (B,), of which some are num_classes, the null class, times t (B,) from MIN_T to 1, and noise
     (B,3,S,S).
     """
-    device = images.device if images.is_cuda else torch.device("cpu")
-    seed = (SEED * 1_000_003 + step) % 2**63  # so that runs of near seeds share no batches
-    rng = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
-    indices = torch.randint(len(images), (BATCH_SIZE,), **rng)
-    flipped = torch.rand(BATCH_SIZE, **rng) < FLIP_SHARE
-    dropped = torch.rand(BATCH_SIZE, **rng) < LABEL_DROP
-    t = torch.sigmoid(T_MEAN + T_STD * torch.randn(BATCH_SIZE, **rng)).clamp_min(MIN_T)
-    noise = torch.randn(BATCH_SIZE, *images.shape[1:], **rng)
+    # Drawn on the CPU, so that every process and every kind of device has the same batch. The
+    # factor keeps runs with neighbouring seeds from sharing batches.
+    generator = torch.Generator().manual_seed((SEED * 1_000_003 + step) % 2**63)
+    indices = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+    flipped = torch.rand(BATCH_SIZE, generator=generator) < FLIP_SHARE
+    dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROP
+    n = torch.randn(BATCH_SIZE, generator=generator)
+    noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
+    t = torch.sigmoid(T_MEAN + T_STD * n).clamp_min(MIN_T)
 
     drawn = (indices, flipped, dropped, t, noise)
+    if images.is_cuda:  # from pinned memory, the GPU can copy while it computes
+        drawn = (tensor.pin_memory().to(images.device, non_blocking=True) for tensor in drawn)
     indices, flipped, dropped, t, noise = (tensor.to(images.device) for tensor in drawn)
     x = images[indices].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)

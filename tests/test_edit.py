@@ -174,7 +174,7 @@ def test_a_state_with_a_value_out_of_range_is_refused_by_name(trained, tmp_path)
 def test_a_constant_edited_into_something_else_hurts_nobody(pictures, tmp_path):
     changes = [
         ("T_STD = 1.0", "T_STD = (0.5, 1.5)"),
-        ("T_STD * torch.randn", "T_STD[1] * torch.randn"),
+        ("T_STD * n)", "T_STD[1] * n)"),
         ("WARMUP_STEPS = 200", "WARMUP_STEPS = None"),
         ("max(1, min(WARMUP_STEPS, STEPS // 10))", "1"),
     ]

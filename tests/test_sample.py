@@ -132,6 +132,8 @@ def test_a_gif_has_a_frame_a_step_and_ends_with_the_picture(trained, tmp_path):
         (["--seed", "-1"], ["--seed"]),
         (["--class-id", "1", "--class-name", "x"], ["--class-id", "--class-name"]),
         (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--device", "cpu:3"], ["cpu:3"]),
+        (["--device", "meta"], ["meta"]),
         (["--output", "picture.jpg"], ["picture.jpg", ".png"]),
         (["--output", "/proc/nowhere/x.png"], ["/proc/nowhere"]),
         (["--checkpoint", "nowhere"], ["nowhere", "python train.py"]),
