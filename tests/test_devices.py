@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import SMALL, call
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,14 +53,35 @@ def fake_cuda(monkeypatch):
         yield model, (x, y, t, torch.zeros_like(x))
 
 
-def test_a_training_step_on_cuda_has_the_dtypes_that_are_meant(fake_cuda):
+@pytest.fixture
+def attention_dtypes(monkeypatch):
+    """What attention computes in: its result is bfloat16 only if autocast made q, k and v so."""
+    dtypes, attention = set(), F.scaled_dot_product_attention
+
+    def recorded(q, k, v):
+        assert v.is_contiguous()  # pytorch#181133
+        out = attention(q, k, v)
+        dtypes.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    return dtypes
+
+
+def test_attention_on_the_cpu_is_in_bf16_too(attention_dtypes):
+    model, x = DiT(**SIZES, class_names=["a", "b"]), torch.zeros(4, 3, 16, 16)
+    with train.autocast(x.device, "bf16"):
+        v = model(x, torch.ones(4), torch.zeros(4, dtype=torch.long))
+    assert attention_dtypes == {torch.bfloat16} and v.dtype == torch.float32
+
+
+def test_a_training_step_on_cuda_has_the_dtypes_that_are_meant(fake_cuda, attention_dtypes):
     model, (x, y, t, noise) = fake_cuda
     with Record() as record, train.autocast(x.device, "bf16"):
         loss = train.rectified_flow_loss(model, x, y, t, noise)
     assert loss.dtype == torch.float32 and loss.device.type == "cuda"
-    assert record.dtypes("addmm", "mm", "bmm") == {torch.bfloat16}
-    attention = [name for name in record.calls if "scaled_dot_product" in name]
-    assert attention and record.dtypes(*attention) == {torch.bfloat16}  # q and k, too
+    assert record.dtypes("addmm", "mm") == {torch.bfloat16}
+    assert attention_dtypes == {torch.bfloat16}
     for name in ("cos", "sin", "native_layer_norm", "mse_loss", "div"):
         assert record.dtypes(name) == {torch.float32}, name
 
