@@ -126,16 +126,24 @@ def test_resume_with_other_classes_is_refused(trained, pictures, tmp_path):
     assert "classes" in refused("train.py", *more, cwd=trained)
 
 
-@pytest.mark.parametrize(
-    "number, status",
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
-)
-def test_a_stopped_run_resumes_bit_for_bit(pictures, tmp_path, number, status):
-    settings = [*SMALL, "--dataset", pictures, "--steps", 300, "--batch-size", 4]
-    settings += ["--eval-every", 7, "--sample-every", 100, "--checkpoint-every", 11]
-    (tmp_path / "whole").mkdir()
-    call("train.py", *settings, cwd=tmp_path / "whole")
+STOPPED = ["--steps", 300, "--batch-size", 4, "--eval-every", 7, "--sample-every", 100]
+STOPPED += ["--checkpoint-every", 11]
 
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    call("train.py", *SMALL, "--dataset", pictures, *STOPPED, cwd=folder)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
+)
+def test_a_stopped_run_resumes_bit_for_bit(whole, pictures, tmp_path, name, status):
+    settings = [*SMALL, "--dataset", pictures, *STOPPED]
+    number = getattr(signal, name)
     broken = tmp_path / "broken"
     broken.mkdir()
     process = start("train.py", *settings, cwd=broken)
@@ -152,7 +160,7 @@ def test_a_stopped_run_resumes_bit_for_bit(pictures, tmp_path, number, status):
         assert "--resume" in err and f"step {stopped}" in err
     out, _ = call("train.py", "--resume", cwd=broken)
     assert state(broken / "out")["step"] == 300
-    assert_same_run(tmp_path / "whole" / "out", broken / "out")
+    assert_same_run(whole, broken / "out")
 
 
 def test_a_run_killed_in_its_first_steps_can_be_resumed(pictures, tmp_path):
