@@ -166,7 +166,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         if "class_names" not in kwargs:
             raise UserError(f"{model_id} has no config.json of a nanoDiT model")
         with contextlib.redirect_stdout(None):
-            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+            model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+        return model.eval()  # older versions of the mixin leave it in training mode
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""
