@@ -331,13 +331,15 @@ def unlock_folder():
 locked_folder = None  # the file descriptor of the one that is locked, which keeps the lock
 
 
-def print_summary(model, images, val_mask, flops, device, precision):
+def print_summary(model, val_mask, flops, device, precision):
     """Say what will be trained: classes, pictures, size of the network, cost and device."""
     names = model.class_names
     if len(names) > 8:
         names = [*names[:3], "...", *names[-3:]]
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"{model.num_classes} classes, {len(images)} pictures, {val_mask.sum()} of them held out")
+    print(
+        f"{model.num_classes} classes, {len(val_mask)} pictures, {val_mask.sum()} of them held out"
+    )
     print(f"classes: {', '.join(names)}")
     print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image", end=", ")
     print(f"on {device} in {'bf16' if uses_bf16(device, precision) else 'fp32'}")

@@ -166,8 +166,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         if "class_names" not in kwargs:
             raise UserError(f"{model_id} has no config.json of a nanoDiT model")
         with contextlib.redirect_stdout(None):
-            model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
-        return model.eval()  # older versions of the mixin leave it in training mode
+            # Older versions of the mixin leave it in training mode.
+            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs).eval()
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""
@@ -216,18 +216,19 @@ class UserError(Exception):
 def pick_device(name):
     """The torch device with the given name; "auto" is cuda, else mps, else cpu. Raises UserError if
     this machine does not have it."""
-    available = {"cuda": torch.cuda.device_count(), "mps": 0, "cpu": 1}  # how many of each
-    if torch.backends.mps.is_available():
-        available["mps"] = 1
+    counts = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind in available if available[kind] > 0)
+        if counts["cuda"] > 0:
+            name = "cuda"
+        elif counts["mps"] > 0:
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f'DEVICE "{name}" is not a device: choose auto, cuda, mps or cpu'
-        ) from error
-    if (device.index or 0) >= available.get(device.type, 0):
+        raise UserError(f'DEVICE "{name}" is unknown: choose auto, cuda, mps or cpu') from error
+    if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f'DEVICE "{name}" is not available here: choose another, or auto')
     return device
 

@@ -70,11 +70,10 @@ def generate(
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(seed)
     for y in class_ids.split(batch_size):
-        noise = torch.randn(len(y), 3, model.image_size, model.image_size, generator=generator)
+        shape = (len(y), 3, model.image_size, model.image_size)
+        noise = torch.randn(shape, generator=generator).to(device)
         with autocast(device):
-            x = sample_conditional_cfg(
-                model, y.to(device), steps, cfg_scale, noise.to(device), record
-            )
+            x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, record)
         yield to_uint8(x)
 
 

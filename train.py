@@ -316,6 +316,7 @@ def train(options, flags):
     val_images, val_labels = train_images, train_labels
     if is_val.any():  # otherwise there are too few pictures to hold any out
         val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
+    del images, labels  # both parts are copies
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
     torch.manual_seed(SEED)
@@ -343,7 +344,7 @@ def train(options, flags):
     grid_size = min(len(class_names), 75)
     grid_classes = torch.linspace(0, len(class_names) - 1, grid_size).round().long()
     if master:
-        common.print_summary(model, images, is_val, flops_per_image(), device, PRECISION)
+        common.print_summary(model, is_val, flops_per_image(), device, PRECISION)
         if not state:
             for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
                 grid.unlink()

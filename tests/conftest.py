@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,12 @@ def environment(**extra):
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **extra}
 
 
+def default_signals():
+    """In a child: what a script in the background, or nohup, made it ignore is heard again."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(script, *arguments, cwd, shell=None, processes=0, **extra):
     """Start `python script arguments...` in the folder cwd, or the words of a shell before it, or
     torchrun with so many processes."""
@@ -33,6 +40,8 @@ def start(script, *arguments, cwd, shell=None, processes=0, **extra):
     command += map(str, arguments)
     command = ["bash", "-c", shell, *command] if shell else command
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    if os.name == "posix":
+        pipes["preexec_fn"] = default_signals
     return subprocess.Popen(command, cwd=cwd, env=environment(**extra), text=True, **pipes)
 
 

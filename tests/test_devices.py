@@ -191,7 +191,7 @@ def test_torchrun_on_the_cpu_of_a_machine_with_an_accelerator(pictures, tmp_path
 
 def test_devices_that_are_not_here_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
     assert str(pick_device("auto")) == "cuda" and str(pick_device("cuda:1")) == "cuda:1"
     assert str(pick_device("cpu")) == "cpu"
     for name in ("cuda:2", "mps", "meta", "abacus", "", "cuda:x"):
@@ -199,7 +199,7 @@ def test_devices_that_are_not_here_are_refused(monkeypatch):
             pick_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert str(pick_device("auto")) == "cpu"
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
     assert str(pick_device("auto")) == "mps"
 
 
