@@ -49,9 +49,11 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
         if cfg_scale == 1:
             v = model(z, t, y)
         else:
+            # With and without the class in one batch, which is faster than two calls.
             v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
             v_class, v_null = v_both.chunk(2)
             v = v_null + cfg_scale * (v_class - v_null)
+        # An Euler step, against v: t falls by 1/steps, from noise towards data.
         z = z - v / steps
         if record:
             record(z)
@@ -130,6 +132,7 @@ def parse_flags():
 
 def chosen_classes(flags, class_names):
     """The class ids selected by the flags, without duplicates; [] if they select none."""
+    # A class given twice is sampled once: the grid has one row for it.
     id_of = {name.casefold(): class_id for class_id, name in enumerate(class_names)}
     class_ids = list(flags.class_id or [])
     for name in flags.class_name or []:
@@ -147,6 +150,7 @@ def save_gif(states, path, columns):
     """Write an animation. states: one uint8 (N,3,S,S) for the noise and one for every step."""
     frames = []
     for pictures in states:
+        # Few colours and a limited size: noise does not compress.
         frame = to_grid(pictures, columns)
         frame.thumbnail((GIF_SIZE, GIF_SIZE))
         frames.append(frame.quantize(64))
