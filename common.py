@@ -354,15 +354,20 @@ def make_folder(folder):
         raise UserError(f"cannot make the folder {folder}: {error}") from error
 
 
-def save_picture(image, path, **options):
-    """Write a PIL image under a temporary name, then rename it, so that a failure leaves the old
-    file in place. Raises UserError on failure."""
+def write_beside(path, write):
+    """Call write(path) with a temporary name, then rename the file, so that a failure leaves the
+    old one in place. Raises UserError on failure."""
     beside = path.with_name(f".writing-{path.name}")
     try:
-        image.save(beside, path.suffix[1:], **options)
+        write(beside)
         beside.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+def save_picture(image, path, **options):
+    """Write a PIL image as write_beside does; the suffix of the path is its format."""
+    write_beside(path, lambda beside: image.save(beside, path.suffix[1:], **options))
 
 
 def folder_names(class_names):
@@ -399,7 +404,6 @@ def prepare_files(directory, class_names, class_ids):
 def start_log(path, last_step):
     """Cut a log back to last_step: later rows are of steps that were lost, and will be run again.
     At 0 there is no log yet, and an old one goes. Raises UserError on failure."""
-    beside = path.with_name(f".writing-{path.name}")
     try:
         if last_step == 0:
             path.unlink(missing_ok=True)
@@ -410,8 +414,7 @@ def start_log(path, last_step):
                 step = row.split(",")[0]
                 if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
                     kept.append(row)
-            beside.write_text("".join(kept), "utf-8")
-            beside.replace(path)
+            write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

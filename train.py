@@ -288,8 +288,7 @@ def train(options, flags):
     # Settings: a preset changes the constants, then the flags do; a resumed run has its own.
     preset = PRESETS.get(options.get("preset"), {})
     globals().update({**preset, **flags})
-    out = Path(OUT_DIR)
-    state = None
+    out, state = Path(OUT_DIR), None
     if "resume" in options:
         state = common.load_state(out / "train_state.pt")
         resume_settings(state, preset, flags)
@@ -331,7 +330,8 @@ def train(options, flags):
         progress = {name: state[name] for name in progress}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
-    run_flops = flops_per_image() * BATCH_SIZE * STEPS
+    flops = flops_per_image()
+    run_flops = flops * BATCH_SIZE * STEPS
     if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
         batch = random_batch(train_images, train_labels, model.num_classes, step=1)
         part = micro_batches(batch, rank, world_size)[0]
@@ -344,7 +344,7 @@ def train(options, flags):
     grid_size = min(len(class_names), 75)
     grid_classes = torch.linspace(0, len(class_names) - 1, grid_size).round().long()
     if master:
-        common.print_summary(model, is_val, flops_per_image(), device, PRECISION)
+        common.print_summary(model, is_val, flops, device, PRECISION)
         if not state:
             for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
                 grid.unlink()

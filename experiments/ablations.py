@@ -477,12 +477,13 @@ def write_row(row, path, columns):
     """Add a row to a CSV file, by renaming a whole file."""
     rows = [*read_rows(path), row]
 
-    beside = path.with_name(f".writing-{path.name}")
-    with open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
+    def write(beside):
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    common.write_beside(path, write)
 
 
 def spread(rows, column, digits):

@@ -280,15 +280,26 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_of_ones_own_shows_its_line(pictures, tmp_path, bug):
-    name, line, planted, error = BUGS[bug]
+def edited_with(bug, folder):
+    """A copy of the project in which one of BUGS is planted."""
+    name, line, planted, _ = BUGS[bug]
     indent = " " * (len(line) - len(line.lstrip()))
-    script = edited(tmp_path, name, (line, f"{line}{indent}{planted}\n")) / "train.py"
-    run = [*FEW, "--dataset", pictures, "--steps", 2, "--sample-every", 1]
-    code, _, err = finish(script, *run, cwd=tmp_path)
+    return edited(folder, name, (line, f"{line}{indent}{planted}\n"))
+
+
+def assert_shown(bug, code, err):
+    """The process ended with the bug's own traceback."""
+    _, _, planted, error = BUGS[bug]
     assert code == 1 and "Traceback" in err
     assert planted in err and err.strip().splitlines()[-1].startswith(error)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_of_ones_own_shows_its_line(pictures, tmp_path, bug):
+    script = edited_with(bug, tmp_path) / "train.py"
+    run = [*FEW, "--dataset", pictures, "--steps", 2, "--sample-every", 1]
+    code, _, err = finish(script, *run, cwd=tmp_path)
+    assert_shown(bug, code, err)
 
 
 def test_a_bug_in_a_compiled_block_shows_its_line(pictures, tmp_path):
@@ -302,13 +313,10 @@ def test_a_bug_in_a_compiled_block_shows_its_line(pictures, tmp_path):
 
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if "__init__" in bug or "forward" in bug])
 def test_a_bug_in_the_network_shows_its_line_when_a_checkpoint_is_sampled(trained, tmp_path, bug):
-    name, line, planted, error = BUGS[bug]
-    indent = " " * (len(line) - len(line.lstrip()))
-    script = edited(tmp_path, name, (line, f"{line}{indent}{planted}\n")) / "sample.py"
+    script = edited_with(bug, tmp_path) / "sample.py"
     flags = ["--checkpoint", trained / "out", "--class-id", 0, "--device", "cpu"]
     code, _, err = finish(script, *flags, cwd=tmp_path)
-    assert code == 1 and "Traceback" in err
-    assert planted in err and err.strip().splitlines()[-1].startswith(error)
+    assert_shown(bug, code, err)
 
 
 def test_a_module_of_ones_own_is_named_when_the_checkpoint_lacks_it(trained, tmp_path):
