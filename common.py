@@ -48,6 +48,8 @@ UNREADABLE = (
     zlib.error,
 )
 
+GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
+
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
 
 # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is what they share.
@@ -241,22 +243,19 @@ def compiling_pays(device, run_flops):
     return device.type == "cuda" or (device.type == "cpu" and minutes > 20)
 
 
-def compile_blocks(model, loss, uneven):
-    """Let torch.compile translate the blocks of a model, and say how long that took. If it cannot,
-    there is a warning, and the blocks stay as they are.
+def compile_model(model, loss, uneven):
+    """Let torch.compile translate the model's forward and backward pass, and say how long that
+    took. If it cannot, there is a warning, and the model stays as it is.
 
-    One block is compiled, and the others share its code: seconds instead of minutes for the whole.
     loss: a function that calls the model and returns its loss, as compilation happens only then.
     uneven: whether batches will differ in size; then the code is made for any size.
     """
     begin = time.perf_counter()
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=uneven or None)
+    model.forward = torch.compile(model.forward, dynamic=uneven or None)
     try:
         loss().backward()
     except RuntimeError as error:  # an error in the model's own code comes again, uncompiled
-        for block in model.blocks:
-            del block.forward  # what is left is the method of its class
+        del model.forward  # what is left is the method of its class
         reason = " ".join(str(error).split())[:200]
         message = "torch.compile failed, and the run goes on without it; --compile off avoids this"
         print(f"warning: {message} ({reason})", file=sys.stderr)
@@ -354,20 +353,49 @@ def make_folder(folder):
         raise UserError(f"cannot make the folder {folder}: {error}") from error
 
 
-def write_beside(path, write):
+def replace(source, target):
+    """Rename a file, in place of an old one. On Windows that fails while another program has the
+    old one open, such as a viewer or a virus scanner: then try again for two seconds."""
+    for seconds in (0.1, 0.4, 1.5):
+        with contextlib.suppress(PermissionError):
+            return source.replace(target)
+        time.sleep(seconds)
+    return source.replace(target)
+
+
+def warn_of_held_file(path, error, then):
+    """Say that a file could not be written, and what happens instead."""
+    print(f"warning: is {path} open in another program? {then} ({error})", file=sys.stderr)
+
+
+def write_beside(path, write, required=True):
     """Call write(path) with a temporary name, then rename the file, so that a failure leaves the
-    old one in place. Raises UserError on failure."""
+    old one in place. Raises UserError on failure; if the file is not required, there is only a
+    warning where another program holds the old one."""
     beside = path.with_name(f".writing-{path.name}")
     try:
         write(beside)
-        beside.replace(path)
+        replace(beside, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+        if required or not isinstance(error, PermissionError):
+            raise UserError(f"cannot write {path}: {error}") from error
+        warn_of_held_file(path, error, "It stays as it was.")
 
 
-def save_picture(image, path, **options):
+def save_picture(image, path, required=True, **options):
     """Write a PIL image as write_beside does; the suffix of the path is its format."""
-    write_beside(path, lambda beside: image.save(beside, path.suffix[1:], **options))
+    write_beside(path, lambda beside: image.save(beside, path.suffix[1:], **options), required)
+
+
+def save_gif(frames, path):
+    """Write PIL images as an animation, whose last frame stays for a while."""
+    small = []
+    for frame in frames:
+        # Few colours and a limited size: noise does not compress.
+        frame.thumbnail((GIF_SIZE, GIF_SIZE))
+        small.append(frame.quantize(64))
+    durations = [80] * (len(small) - 1) + [2000]  # milliseconds
+    save_picture(small[0], path, save_all=True, append_images=small[1:], duration=durations, loop=0)
 
 
 def folder_names(class_names):
@@ -401,39 +429,48 @@ def prepare_files(directory, class_names, class_ids):
     return files
 
 
-def start_log(path, last_step):
-    """Cut a log back to last_step: later rows are of steps that were lost, and will be run again.
-    At 0 there is no log yet, and an old one goes. Raises UserError on failure."""
-    try:
-        if last_step == 0:
-            path.unlink(missing_ok=True)
-        elif path.exists():
-            header, *rows = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-            kept = [header]
-            for row in rows:
-                step = row.split(",")[0]
-                if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
-                    kept.append(row)
-            write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+class Log:
+    """A CSV file to which a run appends rows {column: text}."""
 
+    def __init__(self, path, last_step):
+        """Cut the file back to last_step: later rows are of steps that were lost, and will be run
+        again. At 0 there is no log yet, and an old one goes. Raises UserError on failure."""
+        self.path = path
+        self.waiting = []  # lines that could not be written yet
+        try:
+            if last_step == 0:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                header, *rows = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+                kept = [header]
+                for row in rows:
+                    step = row.split(",")[0]
+                    if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
+                        kept.append(row)
+                write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
 
-def append_row(path, row):
-    """Append a row {column: text} to a CSV file, whose header is the columns of the first one.
-    Raises UserError on failure, or if the file has other columns."""
-    header = ",".join(row) + "\n"
-    line = ",".join(row.values()) + "\n"
-    try:
-        if not path.exists():
-            path.write_text(header, "utf-8")
-        with open(path, encoding="utf-8") as log:
-            if log.readline() != header:
-                raise UserError(f"{path} has other columns than train.py writes: move it away")
-        with open(path, "a", encoding="utf-8") as log:
-            log.write(line)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    def append(self, row):
+        """Append a row, whose columns are those of the first. If another program holds the file,
+        as spreadsheets do on Windows, the row is kept, and written together with the next. Raises
+        UserError on any other failure, or if the file has other columns."""
+        header = ",".join(row) + "\n"
+        self.waiting.append(",".join(row.values()) + "\n")
+        try:
+            if not self.path.exists():
+                self.path.write_text(header, "utf-8")
+            with open(self.path, encoding="utf-8") as file:
+                if file.readline() != header:
+                    message = f"{self.path} has other columns than train.py writes: move it away"
+                    raise UserError(message)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(self.waiting))
+            self.waiting = []
+        except PermissionError as error:
+            warn_of_held_file(self.path, error, "Its rows will be written with the next.")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}") from error
 
 
 def download(repo_id, what, **options):
@@ -475,20 +512,27 @@ def load_model(checkpoint):
     return model.eval()
 
 
-def write_checkpoint(out, ema, state):
+def write_checkpoint(out, ema, state, required=True):
     """Write CHECKPOINT_FILES to a staging folder and then move them into place, the state last, as
-    it alone determines where --resume continues. Raises UserError on failure."""
+    it alone determines where --resume continues. Raises UserError on failure; if the checkpoint is
+    not required, there is only a warning where another program holds an old file."""
     staging = out / ".writing"
-    shutil.rmtree(staging, ignore_errors=True)
     try:
+        shutil.rmtree(staging, ignore_errors=True)
+        path = staging
         ema.save_pretrained(staging)
         torch.save(state, staging / "train_state.pt")
         for name in CHECKPOINT_FILES:
-            (staging / name).replace(out / name)
-        shutil.rmtree(staging)
+            path = out / name
+            replace(staging / name, path)
+        shutil.rmtree(staging, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        message = f"cannot write to {out}, which keeps its last checkpoint: {error}"
-        raise UserError(message) from error
+        if required or not isinstance(error, PermissionError):
+            message = f"cannot write to {out}, which keeps its last checkpoint: {error}"
+            raise UserError(message) from error
+        warn_of_held_file(
+            path, error, "Training goes on, and the next checkpoint is tried as usual."
+        )
 
 
 def load_state(path):

@@ -24,7 +24,6 @@ from model import UserError, autocast, pick_device
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
 DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 disables it; higher is closer to the class, less varied
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
-GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
 
 
 @torch.no_grad()
@@ -146,19 +145,6 @@ def chosen_classes(flags, class_names):
     return list(dict.fromkeys(class_ids))
 
 
-def save_gif(states, path, columns):
-    """Write an animation. states: one uint8 (N,3,S,S) for the noise and one for every step."""
-    frames = []
-    for pictures in states:
-        # Few colours and a limited size: noise does not compress.
-        frame = to_grid(pictures, columns)
-        frame.thumbnail((GIF_SIZE, GIF_SIZE))
-        frames.append(frame.quantize(64))
-    durations = [80] * (len(frames) - 1) + [2000]  # milliseconds: the result stays for a while
-    options = {"append_images": frames[1:], "duration": durations, "loop": 0}
-    common.save_picture(frames[0], path, save_all=True, **options)
-
-
 def main():
     flags = parse_flags()
     model = load_model(flags.checkpoint).to(pick_device(flags.device))
@@ -202,7 +188,8 @@ def main():
     print(output)
     if flags.gif:
         gif = output.with_suffix(".gif")
-        save_gif([torch.cat(parts) for parts in zip(*states_per_batch)], gif, columns)
+        states = [torch.cat(parts) for parts in zip(*states_per_batch)]  # one for every step
+        common.save_gif([to_grid(pictures, columns) for pictures in states], gif)
         print(gif)
 
 

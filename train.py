@@ -255,11 +255,12 @@ def resume_settings(state, preset, flags):
 # Checkpoints
 
 
-def save_checkpoint(model, ema, optimizer, progress):
+def save_checkpoint(model, ema, optimizer, progress, required=True):
     """Write the EMA weights, and train_state.pt with everything that --resume needs.
 
     progress: {"step": the last one done, "seconds": time spent, "losses": since the last row of the
-    log}. Raises UserError if it cannot be written; the last checkpoint stays.
+    log}. Raises UserError if it cannot be written; the last checkpoint stays. If this one is not
+    required, a file that another program holds is only a warning.
     """
     state = {
         **progress,
@@ -269,7 +270,7 @@ def save_checkpoint(model, ema, optimizer, progress):
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    common.write_checkpoint(Path(OUT_DIR), ema, state)
+    common.write_checkpoint(Path(OUT_DIR), ema, state, required)
 
 
 def main(arguments=None):
@@ -337,7 +338,7 @@ def train(options, flags):
         part = micro_batches(batch, rank, world_size)[0]
         with autocast(device, PRECISION):
             uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
-            common.compile_blocks(model, lambda: rectified_flow_loss(model, *part), uneven)
+            common.compile_model(model, lambda: rectified_flow_loss(model, *part), uneven)
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
 
     # Files. DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
@@ -349,7 +350,7 @@ def train(options, flags):
             for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
                 grid.unlink()
             save_checkpoint(model, ema, optimizer, progress)  # from here on --resume works
-        common.start_log(out / "log.csv", steps_done)
+        log = common.Log(out / "log.csv", steps_done)
 
     # The loop
     max_norm = GRAD_CLIP if GRAD_CLIP > 0 else math.inf
@@ -415,18 +416,18 @@ def train(options, flags):
                         "images_per_second": f"{images_per_second:.1f}",
                         "seconds": f"{time.perf_counter() - started:.1f}",
                     }
-                    common.append_row(out / "log.csv", row)
+                    log.append(row)
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
                 pictures = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
                 grid = out / "samples" / f"step-{step:06}.png"
-                common.save_picture(sample.to_grid(pictures), grid)
+                common.save_picture(sample.to_grid(pictures), grid, required=False)
 
             if master and save:
                 seconds = time.perf_counter() - started
                 progress = {"step": step, "seconds": seconds, "losses": losses}
-                save_checkpoint(model, ema, optimizer, progress)
+                save_checkpoint(model, ema, optimizer, progress, required=stop or step == STEPS)
 
             if evaluate:  # what was done since then is not training
                 last_row_step, last_row_time = step, time.perf_counter()
