@@ -4,33 +4,54 @@
     python experiments/speed.py --preset laptop
     python experiments/speed.py --image-size 128 --batch-size 64   # takes every flag of train.py
 
-Prints parameters, floating-point operations and memory an image; the milliseconds of data, forward,
-backward, optimizer and EMA; pictures a second; the share that this is of the machine's own rate of
-multiplying matrices (fp32, on CUDA bf16); and, measured in turns with it, the same sizes as a step
-of DiT the plain way: this project's predecessor. Then sampling, in turns with nothing but the
-network's forward passes on the same batches. Needs no data set: the pictures are noise.
+Runs train.py's own loop, once as it is and once compiled (--compile on or off: only so), in turns
+with the plain step: DiT of the same sizes, built of PyTorch's modules. Prints parameters,
+floating-point operations and memory per image; images per second; the share that this is of the
+machine's own rate of multiplying matrices; and, from a profile, what takes the time. Then sampling,
+in turns with nothing but the network's forward passes on the same batches. Needs no data set: the
+pictures are noise.
 """
 
-import copy
+import contextlib
 import math
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from model import autocast, pick_device  # noqa: E402
+from model import autocast, pick_device, uses_bf16  # noqa: E402
 
 ROUNDS = 7  # of so many seconds at least, ours and the plain one in turns
 SECONDS = 0.5
+PROFILED = 5  # steps that are profiled
+WARMUP = 3  # steps at first that do not count: they compile and fill caches
 CLASSES = [str(i) for i in range(75)]
+
+# Operators, by the beginnings of their names. What torch.compile makes runs as one call each, in
+# which norms, GELU, softmax and the residual stream are fused; matrix products stay on their own.
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "fused attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient"),
+    "compiled code": ("## Call CompiledFxGraph", "triton_"),
+    "optimizer and EMA": (
+        "aten::_fused_adam",
+        "aten::lerp",
+        "aten::linalg_vector",
+        "aten::_foreach",
+    ),
+    "random numbers": ("aten::normal", "aten::rand", "aten::uniform"),
+}
 
 
 class PlainBlock(nn.Module):
@@ -88,7 +109,8 @@ def wait(device):
 
 def matmul_rate(device):
     """FLOP a second of the product of two large matrices: the best of many tries."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if uses_bf16(device, train.PRECISION) else torch.float32
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = math.inf
     for _ in range(20):
@@ -115,53 +137,23 @@ def activation_bytes(model, batch):
     return sum(size for _, size in kept.values())
 
 
-class Ours:
-    """The step of train.py, in parts that can be timed."""
+class PlainStep:
+    """A training step of PlainDiT on data that lie ready, in the precision of ours."""
 
-    parts = ("data", "forward", "backward", "optimizer", "EMA")
-
-    def __init__(self, device, data):
-        self.device, self.data, self.count = device, data, 0
-        self.model = train.new_model(CLASSES).to(device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.weights = list(self.model.parameters())
-        options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, **options)
-        if train.COMPILE == "on" or (train.COMPILE == "auto" and device.type == "cuda"):
-            self.model.compile()
-
-    def step(self, done=lambda part: None):
-        self.count += 1
-        batch = train.random_batch(*self.data, len(CLASSES), self.count)
-        done("data")
-        with autocast(self.device):
-            loss = train.rectified_flow_loss(self.model, *batch)
-        done("forward")
-        loss.backward()
-        done("backward")
-        torch.nn.utils.clip_grad_norm_(self.weights, train.GRAD_CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        done("optimizer")
-        train.update_ema(self.ema, self.model, self.count)
-        done("EMA")
-
-
-class Plain:
-    """The predecessor's step on data that lie ready: bf16 only where ours has it too."""
-
-    def __init__(self, device, data):
-        self.device = device
+    def __init__(self, images, labels, compiled):
+        self.device = images.device
         sizes = {name.lower(): getattr(train, name) for name in train.MODEL_SETTINGS}
-        self.model = PlainDiT(**sizes).to(device)
+        self.model = PlainDiT(**sizes).to(self.device)
+        if compiled:
+            self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.x = data[0][: train.BATCH_SIZE].float() / 127.5 - 1
-        self.y = data[1][: train.BATCH_SIZE]
+        self.x = images[: train.BATCH_SIZE].float() / 127.5 - 1
+        self.y = labels[: train.BATCH_SIZE]
 
-    def step(self):
+    def __call__(self):
         t = torch.rand(len(self.x), device=self.device)[:, None, None, None]
         noise = torch.randn_like(self.x)
-        with autocast(self.device):
+        with autocast(self.device, train.PRECISION):
             v = self.model((1 - t) * self.x + t * noise, t.flatten(), self.y)
             loss = F.mse_loss(v, noise - self.x)
         self.optimizer.zero_grad()
@@ -170,30 +162,80 @@ class Plain:
         loss.item()
 
 
-def seconds_a_step(trainer):
-    """Mean over as many steps as fill SECONDS, two at least."""
-    steps, start = 0, time.perf_counter()
-    while steps < 2 or time.perf_counter() - start < SECONDS:
-        trainer.step()
+class Enough(Exception):
+    """Ends a training that has been measured."""
+
+
+def measure_training(images, labels, arguments, compiled):
+    """Seconds per step of train.py's loop and of the plain one, as pairs of rounds in turns; and
+    the profile of some steps."""
+    device, random_batch = images.device, train.random_batch
+    plain_step = PlainStep(images, labels, compiled)
+    for _ in range(WARMUP):
+        plain_step()
+    steps, turns, begun, profiler = -WARMUP, [], math.nan, None
+
+    def begin_step(*batch, **options):
+        """Stands in for random_batch, with which every step begins."""
+        nonlocal steps, begun, profiler
+        if steps >= 2 and time.perf_counter() - begun > SECONDS and not profiler:  # a round is over
+            wait(device)
+            ours = (time.perf_counter() - begun) / steps
+            steps, begun = 0, time.perf_counter()
+            while steps < 2 or time.perf_counter() - begun < SECONDS:
+                plain_step()
+                steps += 1
+            wait(device)
+            turns.append((ours, (time.perf_counter() - begun) / steps))
+            steps = 0
+            if len(turns) == ROUNDS:
+                activities = [ProfilerActivity.CPU]
+                if device.type == "cuda":
+                    activities.append(ProfilerActivity.CUDA)
+                profiler = profile(activities=activities).__enter__()
+        if profiler and steps == PROFILED:
+            wait(device)
+            profiler.__exit__(None, None, None)
+            raise Enough
+        if steps == 0:
+            wait(device)
+            begun = time.perf_counter()
         steps += 1
-        wait(trainer.device)
-    return (time.perf_counter() - start) / steps
+        return random_batch(*batch, **options)
+
+    vary = {"load_dataset": lambda name, size: (images.cpu(), labels.cpu(), CLASSES)}
+    vary["random_batch"] = begin_step
+    vary["tqdm"] = lambda **options: tqdm(disable=True)  # no progress bar between the figures
+    arguments = [*arguments, "--steps", "1000000000", "--compile", "on" if compiled else "off"]
+    for interval in ("eval", "sample", "checkpoint"):
+        arguments += [f"--{interval}-every", "1000000000"]
+    folder, enough = tempfile.TemporaryDirectory(), contextlib.suppress(Enough)
+    with folder as out, replaced(train, vary), enough:
+        train.main([*arguments, "--out-dir", out])
+    return turns, profiler
 
 
-def shares(ours, steps=10):
-    """part -> median seconds in it, of steps that wait after each part."""
-    times = {part: [] for part in ours.parts}
+@contextlib.contextmanager
+def replaced(module, attributes):
+    """Let a module have other attributes for a while."""
+    originals = {name: getattr(module, name) for name in attributes}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        vars(module).update(originals)
 
-    def done(part):
-        nonlocal last
-        wait(ours.device)
-        times[part].append(time.perf_counter() - last)
-        last = time.perf_counter()
 
-    for _ in range(steps):
-        last = time.perf_counter()
-        ours.step(done)
-    return {part: statistics.median(values) for part, values in times.items()}
+def time_shares(profiler, device):
+    """{group of operators: share of the time}, in which nothing is counted twice."""
+    shares = dict.fromkeys([*GROUPS, "everything else"], 0)
+    for event in profiler.key_averages():
+        seconds = event.self_cpu_time_total
+        if device.type == "cuda":
+            seconds = event.self_device_time_total
+        groups = [name for name, start in GROUPS.items() if event.key.startswith(start)]
+        shares[groups[0] if groups else "everything else"] += seconds
+    return {group: seconds / sum(shares.values()) for group, seconds in shares.items()}
 
 
 @torch.no_grad()
@@ -225,46 +267,42 @@ def main():
     options, settings = train.parse_flags()
     vars(train).update(train.PRESETS.get(options.get("preset"), {}) | settings)
     train.check_settings()
-    device, n = pick_device(train.DEVICE), train.BATCH_SIZE
+    device, n, size = pick_device(train.DEVICE), train.BATCH_SIZE, train.IMAGE_SIZE
     torch.set_float32_matmul_precision("high")
-    flops, size = train.flops_per_image(), train.IMAGE_SIZE
     images = torch.randint(256, (max(n, 64), 3, size, size), dtype=torch.uint8).to(device)
-    data = images, torch.randint(75, (len(images),)).to(device)
-    ours, plain = Ours(device, data), Plain(device, data)
-    parameters = sum(w.numel() for w in ours.weights)
+    labels = torch.randint(75, (len(images),)).to(device)
+
+    flops, model = train.flops_per_image(), train.new_model(CLASSES)
+    parameters = sum(weight.numel() for weight in model.parameters())
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image, batch {n}")
-    print(f"{device}{threads}, torch {torch.__version__}")
+    print(f"{device}{threads}, torch {torch.__version__}, batches of {n}")
     # Weights, gradients, two moments, average: five numbers of four bytes for each parameter.
-    one = [x[:1].cpu() for x in train.random_batch(*data, 75, 0)]
-    fixed, kept = 20 * parameters, activation_bytes(train.new_model(CLASSES), one)
+    one = [x[:1].cpu() for x in train.random_batch(images, labels, 75, 0)]
+    fixed, kept = 20 * parameters, activation_bytes(model, one)
     print(f"memory in fp32, computed: {fixed / 2**20:,.0f} MiB,", end=" ")
-    print(f"and {kept / 2**20:,.1f} MiB an image: {(fixed + n * kept) / 2**30:.2f} GiB a step")
-    for trainer in (ours, plain):  # the first steps compile and fill caches
-        for _ in range(3):
-            trainer.step()
-    parts = shares(ours)
-    turns = [(seconds_a_step(ours), seconds_a_step(plain)) for _ in range(ROUNDS)]
-    whole, plainly = map(min, zip(*turns))
-    ratios = sorted(theirs / own for own, theirs in turns)
-    rate = matmul_rate(device)
-    for part, seconds in parts.items():
-        print(f"{part:>10} {1000 * seconds:9.2f} ms  {100 * seconds / sum(parts.values()):5.1f}%")
-    print(f"{'step':>10} {1000 * whole:9.2f} ms  {n / whole:,.1f} img/s")
-    speed = flops * n / whole
-    print(
-        f"{speed / 1e12:.3f} TFLOP/s: {100 * speed / rate:.0f}% of {rate / 1e12:.3f} for matrices"
-    )
-    print(f"a run of {train.STEPS} steps: {flops * n * train.STEPS / 1e15:.3g} PFLOP,", end=" ")
-    print(f"{whole * train.STEPS / 60:,.1f} minutes")
-    print(
-        f"plain step {1000 * plainly:9.2f} ms: {ratios[len(ratios) // 2]:.2f} times ours", end=" "
-    )
-    print(f"({ratios[0]:.2f} to {ratios[-1]:.2f})")
-    rate, bare = sampling_rates(ours.ema, device, min(n, sample.MAX_BATCH))
-    print(
-        f"sampling in 5 steps: {rate:,.1f} img/s, {100 * rate / bare:.0f}% of bare forward passes"
-    )
+    print(f"and {kept / 2**20:,.1f} MiB per image: {(fixed + n * kept) / 2**30:.2f} GiB a step")
+    rate, steps = matmul_rate(device), train.STEPS
+    ways = {"on": [True], "off": [False]}.get(settings.get("COMPILE"), [False, True])
+    for compiled in ways:
+        print("compiled:" if compiled else "as it is:")
+        turns, profiler = measure_training(images, labels, sys.argv[1:], compiled)
+        ours, plain = map(min, zip(*turns))
+        ratios = sorted(theirs / own for own, theirs in turns)
+        speed = flops * n / ours
+        print(f"  {1000 * ours:.2f} ms a step: {n / ours:,.1f} images/s,", end=" ")
+        print(f"{speed / 1e12:.3f} TFLOP/s, {100 * speed / rate:.0f}% of", end=" ")
+        print(f"{rate / 1e12:.3f} for large matrices in the same precision")
+        print(f"  a run of {steps} steps: {flops * n * steps / 1e15:.3g} PFLOP,", end=" ")
+        print(f"{ours * steps / 60:,.1f} minutes")
+        print(f"  plain step {1000 * plain:.2f} ms:", end=" ")
+        print(f"{statistics.median(ratios):.2f} times ours", end=" ")
+        print(f"({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        for group, share in time_shares(profiler, device).items():
+            print(f"  {100 * share:5.1f}% {group}")
+    model = model.to(device).eval()
+    rate, bare = sampling_rates(model, device, min(n, sample.MAX_BATCH))
+    print(f"sampling in 5 steps: {rate:,.1f} images/s,", end=" ")
+    print(f"{100 * rate / bare:.0f}% of bare forward passes")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, finish, refused, start
+from conftest import POSIX, ROOT, SMALL, call, finish, refused, start
 from PIL import Image
 
 import train
@@ -340,6 +340,7 @@ def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
     assert "\\u8776" in out
 
 
+@POSIX
 def test_a_second_ctrl_c_ends_a_step_that_does_not_end(pictures, tmp_path):
     line = "            update_ema(ema, model, step)\n"
     change = (line, f"{line}            time.sleep(100)\n")

@@ -6,11 +6,12 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 import torch
-from conftest import SMALL, call, refused, start
+from conftest import POSIX, SMALL, call, refused, start
 from fuzz import fuzz
 from PIL import Image
 from test_train import assert_same_run, rows, state
@@ -29,6 +30,7 @@ def begun(process):
             return
 
 
+@POSIX
 def test_killed_at_any_instant_a_run_ends_as_if_it_never_was(pictures, tmp_path):
     settings = [*SMALL, "--dataset", pictures, "--steps", 100 * KILLS, "--batch-size", 4]
     settings += ["--eval-every", 3, "--sample-every", 25, "--checkpoint-every", 1]
@@ -69,6 +71,7 @@ def limited(kilobytes, *arguments, cwd, **extra):
     return start("train.py", *arguments, cwd=cwd, shell=words, **extra)
 
 
+@POSIX
 @pytest.mark.parametrize("kilobytes", [4, 200])
 def test_a_full_disk_leaves_the_last_checkpoint(trained, tmp_path, kilobytes):
     # 4 kB stop model.safetensors, 200 kB only train_state.pt.
@@ -85,6 +88,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, tmp_path, kilobytes):
     assert state(out)["step"] == 40
 
 
+@POSIX
 def test_a_folder_that_vanishes_under_the_run_is_one_line(pictures, tmp_path):
     settings = [*SMALL, "--dataset", pictures, "--steps", 100000, "--batch-size", 4]
     process = start("train.py", *settings, "--eval-every", 5, cwd=tmp_path)
@@ -97,6 +101,7 @@ def test_a_folder_that_vanishes_under_the_run_is_one_line(pictures, tmp_path):
     DiT.from_pretrained(tmp_path / "moved")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(pictures, tmp_path):
     line = refused("train.py", *SMALL, "--dataset", pictures, "--out-dir", "/proc/x", cwd=tmp_path)
     assert "/proc/x" in line

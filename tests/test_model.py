@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import MIN_T, DiT, UserError
 
@@ -59,6 +60,19 @@ def test_attention_does_not_grow_with_queries_and_keys():
         torch.testing.assert_close(attention(x), before, atol=1e-3, rtol=0)
         attention.scale *= 3  # learned: how sharply each head looks
     assert not torch.allclose(attention(x), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [4, 256, 257])
+def test_attention_is_a_mean_of_values_weighted_by_softmax(tokens):
+    attention = make().blocks[0].attention
+    torch.nn.init.constant_(attention.scale, 3)
+    x = torch.randn(2, tokens, 32)
+    q, k, v = attention.qkv(x).unflatten(2, (3, 2, 16)).unbind(2)  # each (B, T, H, D)
+    q, k = 3 * F.layer_norm(q, (16,)), F.layer_norm(k, (16,))
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).div(4).exp()  # 4 is the root of D
+    weights /= weights.sum(dim=-1, keepdim=True)
+    mean = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2)
+    torch.testing.assert_close(attention(x), attention.out(mean))
 
 
 def test_patches_come_back_to_their_place():

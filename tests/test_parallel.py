@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, call, start
+from conftest import POSIX, SMALL, call, start
 
 EVERY = ["--eval-every", 10, "--sample-every", 15, "--checkpoint-every", 7, "--batch-size", 8]
 EVERY += ["--warmup-steps", 1, "--decay-share", 0]  # a longer run begins as a shorter one does
@@ -46,6 +46,7 @@ def alone(pictures, tmp_path_factory):
     return folder / "out"
 
 
+@POSIX
 def test_three_processes_train_as_one(alone, pictures, tmp_path):
     run = [*SMALL, "--dataset", pictures, *EVERY, "--steps", 30]  # batches of 8 are 3 + 3 + 2
     out, _ = call("train.py", *run, "--accumulate", 2, cwd=tmp_path, processes=3)
@@ -53,6 +54,7 @@ def test_three_processes_train_as_one(alone, pictures, tmp_path):
     assert_same_training(alone, tmp_path / "out")
 
 
+@POSIX
 def test_one_process_goes_on_with_what_two_began(alone, pictures, tmp_path):
     run = [*SMALL, "--dataset", pictures, *EVERY, "--steps", 12]
     call("train.py", *run, cwd=tmp_path, processes=2)
@@ -79,8 +81,9 @@ def workers(out):
 
 
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_all_processes_end_together(pictures, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_all_processes_end_together(pictures, tmp_path, name):
+    number = getattr(signal, name)
     out = tmp_path / "out"
     run = [*SMALL, "--dataset", pictures, *EVERY, "--steps", 10**6, "--out-dir", out]
     process = start("train.py", *run, cwd=tmp_path, processes=2)

@@ -72,21 +72,20 @@ def test_the_environment_is_described_by_three_requirements():
 
 
 def test_speed_says_what_a_step_costs(tmp_path):
-    run = [*SMALL, "--batch-size", 4]
+    run = [*SMALL, "--batch-size", 4, "--compile", "off"]
     out, _ = call("experiments/speed.py", *run, cwd=tmp_path)
     for word in (
         "M parameters",
         "GFLOP per image",
-        "img/s",
+        "images/s",
         "PFLOP",
         "times ours",
-        "MiB an image",
+        "MiB per image",
         "bare",
     ):
         assert word in out
-    parts = ("data", "forward", "backward", "optimizer", "EMA")
-    shares = [float(re.search(rf"{part} .* ([\d.]+)%", out)[1]) for part in parts]
-    assert sum(shares) == pytest.approx(100, abs=0.3) and min(shares) > 0
+    shares = [float(share) for share in re.findall(r"^ +([\d.]+)% ", out, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=0.5) and shares[0] > 0  # of matrix products
     (parameters,) = re.findall(r"([\d.]+) M parameters", out)
     model = DiT(16, 4, 16, 1, 2, [str(i) for i in range(75)])
     assert float(parameters) == round(sum(w.numel() for w in model.parameters()) / 1e6, 2)

@@ -161,7 +161,7 @@ def unique_graphs(monkeypatch, uneven, sizes):
         z, t = torch.randn(n, 3, 16, 16), torch.rand(n).clamp_min(MIN_T)
         return train.rectified_flow_loss(model, z, torch.zeros(n, dtype=torch.long), t, z)
 
-    common.compile_blocks(model, lambda: loss(sizes[0]), uneven)
+    common.compile_model(model, lambda: loss(sizes[0]), uneven)
     assert all(weight.grad is None for weight in model.parameters())
     for n in sizes:
         loss(n).backward()
@@ -171,7 +171,7 @@ def unique_graphs(monkeypatch, uneven, sizes):
 COMPILE = torch.compile
 
 
-def test_blocks_share_their_code_and_uneven_micro_batches_need_no_more(monkeypatch):
+def test_uneven_micro_batches_are_compiled_once(monkeypatch):
     assert unique_graphs(monkeypatch, False, [4, 4, 4]) == 1
     assert unique_graphs(monkeypatch, True, [4, 4, 3, 3, 2]) == 1
     assert unique_graphs(monkeypatch, False, [4, 3]) > 1  # what it would be without

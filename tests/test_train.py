@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, call, refused, start
+from conftest import POSIX, SMALL, call, refused, start
 from PIL import Image
 
 import common
@@ -138,6 +138,7 @@ def whole(pictures, tmp_path_factory):
     return folder / "out"
 
 
+@POSIX
 @pytest.mark.parametrize(
     "name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
 )
@@ -298,6 +299,7 @@ def wait_for_rows(process, folder, count):
         assert process.poll() is None
 
 
+@POSIX
 def test_the_first_ctrl_c_says_at_once_what_it_does(pictures, tmp_path):
     process = start("train.py", *far(pictures), "--steps", 10**6, cwd=tmp_path)
     wait_for_rows(process, tmp_path, 3)
@@ -308,6 +310,7 @@ def test_the_first_ctrl_c_says_at_once_what_it_does(pictures, tmp_path):
     assert "stopped at step" in err and "--resume" in err
 
 
+@POSIX
 def test_handlers_are_put_back_and_an_ignored_hangup_stays_ignored(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
