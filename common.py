@@ -29,6 +29,7 @@ from huggingface_hub.errors import HTTPError  # of whichever library it makes it
 from huggingface_hub.utils.logging import set_verbosity_error
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import DiT, UserError, uses_bf16
 
@@ -234,6 +235,17 @@ def start_process(device, batch_size):
             backend = "cpu:gloo,cuda:nccl"  # train.py reduces tensors on the CPU, too
         dist.init_process_group(backend)
     return device, rank, world_size
+
+
+def flops_per_image(new_model, loss):
+    """Floating-point operations of one picture's forward and backward pass, counted. new_model and
+    loss are those of train.py."""
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes only, no data
+        model = new_model(["any"])
+        x = torch.zeros(1, 3, model.image_size, model.image_size)
+        y = torch.zeros(1, dtype=torch.long)
+        loss(model, x, y, torch.ones(1), x).backward()
+    return counter.get_total_flops()
 
 
 def compiling_pays(device, run_flops):
@@ -510,6 +522,12 @@ def load_model(checkpoint):
     except RuntimeError as error:  # of load_state_dict: other names or shapes
         raise UserError(f"{weights_file} does not fit config.json: {str(error)[:200]}") from error
     return model.eval()
+
+
+def check_holds_no_run(folder):
+    """Raise UserError if the folder holds what a training has written."""
+    if any((folder / name).exists() for name in (*CHECKPOINT_FILES, "log.csv")):
+        raise UserError(f"{folder} holds a run: use --resume, --overwrite, or another --out-dir")
 
 
 def write_checkpoint(out, ema, state, required=True):

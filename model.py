@@ -13,6 +13,7 @@ each of the H attention heads is D numbers wide, and H * D = dim.
 """
 
 import contextlib
+import math
 
 import torch
 import torch.nn as nn
@@ -100,19 +101,25 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     heads: attention heads in each block.
     class_names: one string per class, in the order of the class ids.
     dataset: where the pictures came from; only the model card shows it.
+    cfg_scale: the guidance that suits this network; sample.py uses it unless told otherwise.
 
     Raises UserError if the sizes are impossible.
     """
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, class_names, dataset=""):
+    def __init__(
+        self, image_size, patch_size, dim, depth, heads, class_names, dataset="", cfg_scale=3.0
+    ):
         super().__init__()
         check_sizes(image_size, patch_size, dim, depth, heads)
         if not class_names or not all(isinstance(name, str) for name in class_names):
             raise UserError("class_names must be a list with one string per class")
+        if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
+            raise UserError(f"cfg_scale is {cfg_scale!r}: it must be a finite number")
         self.image_size = image_size
         self.patch_size = patch_size
         self.class_names = list(class_names)
         self.dataset = dataset
+        self.cfg_scale = cfg_scale
         self.num_classes = len(class_names)  # also the id of the null class: "no class given"
 
         self.patch_embedding = nn.Linear(3 * patch_size**2, dim)

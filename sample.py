@@ -22,7 +22,6 @@ from common import load_model
 from model import UserError, autocast, pick_device
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
-DEFAULT_CFG_SCALE = 3.0  # guidance w: 1 disables it; higher is closer to the class, less varied
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
 
 
@@ -59,13 +58,14 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
     return z
 
 
-def generate(
-    model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=DEFAULT_CFG_SCALE, record=None
-):
+def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, record=None):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
-    Yields uint8 (b,3,S,S) on the CPU, in the order of class_ids. `record` sees every batch.
+    Yields uint8 (b,3,S,S) on the CPU, in the order of class_ids. The default guidance is the
+    model's own. `record` sees every batch.
     """
+    if cfg_scale is None:
+        cfg_scale = model.cfg_scale
     device = next(model.parameters()).device
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     # Drawn on the CPU, so that a seed means the same noise on every device.
@@ -107,9 +107,8 @@ def parse_flags():
     group.add_argument("--checkpoint", default="out", metavar="MODEL", help=text)
     text = "Euler steps (default: %(default)s)"
     group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
-    text = "classifier-free guidance; 1 disables it (default: %(default)s)"
-    parse = common.parse_finite
-    group.add_argument("--cfg-scale", type=parse, default=DEFAULT_CFG_SCALE, metavar="W", help=text)
+    text = "classifier-free guidance; 1 disables it (default: the model's own, mostly 3)"
+    group.add_argument("--cfg-scale", type=common.parse_finite, metavar="W", help=text)
     text = "of the initial noise (default: %(default)s)"
     group.add_argument("--seed", type=common.int_in_range(0), default=0, metavar="N", help=text)
     text = "auto, cuda, mps or cpu (default: %(default)s)"

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import common
@@ -59,6 +58,9 @@ GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
 LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
 
+# --- sampling ---
+CFG_SCALE = 3.0  # guidance of the grids, and of sample.py with this network; 1 disables it
+
 # --- schedule ---
 WARMUP_STEPS = 200  # learning rate warmup, capped at a tenth of the run
 DECAY_SHARE = 0.4  # last part of the run, over which the learning rate decays to zero
@@ -92,7 +94,15 @@ LAPTOP = {  # the drawn butterflies, and a network that two CPU cores train in t
     "LEARNING_RATE": 3e-3,
     "EMA_DECAY": 0.998,
 }
-PRESETS = {"laptop": LAPTOP}
+SMALL = {  # photographs, and a network that two CPU cores train in two hours
+    "PATCH_SIZE": 8,
+    "DIM": 192,
+    "DEPTH": 6,
+    "STEPS": 45000,
+    "BATCH_SIZE": 32,
+    "LEARNING_RATE": 2e-3,
+}
+PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
@@ -186,21 +196,11 @@ def update_ema(ema, model, step):
         average.lerp_(weight, 1 - decay)
 
 
-def flops_per_image():
-    """Floating-point operations of one picture's forward and backward pass, counted."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes only, no data
-        model = new_model(["any"])
-        x = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-        y = torch.zeros(1, dtype=torch.long)
-        rectified_flow_loss(model, x, y, torch.ones(1), x).backward()
-    return counter.get_total_flops()
-
-
 def new_model(class_names):
     """A DiT of the sizes in the constants, with random weights."""
     sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
     dataset = Path(DATASET).resolve().name if Path(DATASET).is_dir() else DATASET
-    return DiT(class_names=class_names, dataset=dataset, **sizes)
+    return DiT(class_names=class_names, dataset=dataset, cfg_scale=CFG_SCALE, **sizes)
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -237,6 +237,7 @@ def check_settings():
     for name in ("LEARNING_RATE", "GRAD_CLIP", "T_STD"):
         common.check_number(values, name, lowest=0)
     common.check_number(values, "T_MEAN")
+    common.check_number(values, "CFG_SCALE")
     common.check_choice(values, "PRECISION", ("auto", "bf16", "fp32"))
     common.check_choice(values, "COMPILE", ("auto", "on", "off"))
 
@@ -297,9 +298,8 @@ def train(options, flags):
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
         return
-    holds_run = any((out / name).exists() for name in (*common.CHECKPOINT_FILES, "log.csv"))
-    if holds_run and not state and "overwrite" not in options:
-        raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
+    if not state and "overwrite" not in options:
+        common.check_holds_no_run(out)
 
     # Device and processes. torchrun starts several, of which only the master writes files.
     device, rank, world_size = common.start_process(pick_device(DEVICE), BATCH_SIZE)
@@ -331,7 +331,7 @@ def train(options, flags):
         progress = {name: state[name] for name in progress}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
-    flops = flops_per_image()
+    flops = common.flops_per_image(new_model, rectified_flow_loss)
     run_flops = flops * BATCH_SIZE * STEPS
     if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
         batch = random_batch(train_images, train_labels, model.num_classes, step=1)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import load_model, new_parser, run_command  # noqa: E402
 from data.drawn import draw_butterflies  # noqa: E402
 from model import UserError  # noqa: E402
-from sample import DEFAULT_CFG_SCALE, DEFAULT_STEPS, generate  # noqa: E402
+from sample import DEFAULT_STEPS, generate  # noqa: E402
 
 
 def targets(labels):
@@ -80,7 +80,7 @@ def main():
         "--num-images", type=int, default=4, help="samples of each of the 75 classes"
     )
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--cfg-scale", type=float, default=DEFAULT_CFG_SCALE)
+    parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = load_model(args.checkpoint)

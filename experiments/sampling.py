@@ -32,7 +32,7 @@ from experiments.score import SIZE, features, kernel_distance  # noqa: E402
 
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
 ROWS = {
-    "default": {"scale": sample.DEFAULT_CFG_SCALE, "steps": sample.DEFAULT_STEPS},
+    "default": {"steps": sample.DEFAULT_STEPS},
     "150 steps, scale 5": {"steps": 150, "scale": 5.0},
     "150 steps": {"steps": 150},
     **{f"{n} steps": {"steps": n} for n in (5, 8, 12, 17, 35)},
