@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # of whichever library it makes its requests with
 from huggingface_hub.utils.logging import set_verbosity_error
 from safetensors import SafetensorError
@@ -344,7 +344,7 @@ locked_folder = None  # the file descriptor of the one that is locked, which kee
 
 def print_summary(model, val_mask, flops, device, precision):
     """Say what will be trained: classes, pictures, size of the network, cost and device."""
-    names = model.class_names
+    names = [f"{class_id} {name}" for class_id, name in enumerate(model.class_names)]
     if len(names) > 8:
         names = [*names[:3], "...", *names[-3:]]
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -494,6 +494,15 @@ def download(repo_id, what, **options):
         raise UserError(f"{what}: {error}") from error
 
 
+def list_files(repo_id):
+    """The names of all files of a data set on the Hub; [] if the Hub cannot say: download() has a
+    cache, and a message."""
+    try:
+        return HfApi().list_repo_files(repo_id, repo_type="dataset")
+    except (HTTPError, OSError, ValueError):
+        return []
+
+
 def load_model(checkpoint):
     """The model in a folder, such as "out", or at a Hub id, such as "you/butterflies", ready to
     sample from. Raises UserError if there is none, or if its files are damaged."""
@@ -508,6 +517,8 @@ def load_model(checkpoint):
     try:
         config = json.loads(config_file.read_text("utf-8"))
         inspect.signature(DiT).bind(**config)  # a TypeError if the names are not DiT's
+        if not math.isfinite(config.get("cfg_scale", 1)):
+            raise ValueError("cfg_scale is not finite")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{config_file} is not the config of a nanoDiT model: {error}") from error
     try:
@@ -572,9 +583,10 @@ def load_state(path):
     return state
 
 
-def restore_state(state, model, ema, optimizer):
+def restore_state(state, model, ema, optimizer, pictures):
     """Load the weights and the optimizer's moments from a state. Raises UserError if they are of
-    other classes or of another network."""
+    other classes or of another network. pictures: how many each class has now; if the run began
+    with others, there is a warning."""
     if model.class_names != state["class_names"]:
         raise UserError("--resume: the classes of the data set are not those of the original run")
     try:
@@ -584,6 +596,13 @@ def restore_state(state, model, ema, optimizer):
     except UNREADABLE as error:
         message = f"--resume: train_state.pt does not fit model.py: {str(error)[:200]}"
         raise UserError(message) from error
+    before = state.get("pictures", pictures)
+    if before != pictures:
+        print(
+            f"warning: {sum(before)} pictures have become {sum(pictures)} since the run began: "
+            "others are held out, and losses before and after do not compare",
+            file=sys.stderr,
+        )
 
 
 def load_initial_weights(checkpoint, model):

@@ -13,7 +13,6 @@ each of the H attention heads is D numbers wide, and H * D = dim.
 """
 
 import contextlib
-import math
 
 import torch
 import torch.nn as nn
@@ -113,8 +112,6 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         check_sizes(image_size, patch_size, dim, depth, heads)
         if not class_names or not all(isinstance(name, str) for name in class_names):
             raise UserError("class_names must be a list with one string per class")
-        if not isinstance(cfg_scale, (int, float)) or not math.isfinite(cfg_scale):
-            raise UserError(f"cfg_scale is {cfg_scale!r}: it must be a finite number")
         self.image_size = image_size
         self.patch_size = patch_size
         self.class_names = list(class_names)

@@ -260,8 +260,8 @@ def save_checkpoint(model, ema, optimizer, progress, required=True):
     """Write the EMA weights, and train_state.pt with everything that --resume needs.
 
     progress: {"step": the last one done, "seconds": time spent, "losses": since the last row of the
-    log}. Raises UserError if it cannot be written; the last checkpoint stays. If this one is not
-    required, a file that another program holds is only a warning.
+    log, "pictures": of each class}. Raises UserError if it cannot be written; the last checkpoint
+    stays. If this one is not required, a file that another program holds is only a warning.
     """
     state = {
         **progress,
@@ -316,6 +316,7 @@ def train(options, flags):
     val_images, val_labels = train_images, train_labels
     if is_val.any():  # otherwise there are too few pictures to hold any out
         val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
+    pictures = labels.bincount().tolist()  # of each class
     del images, labels  # both parts are copies
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
@@ -325,10 +326,10 @@ def train(options, flags):
         common.load_initial_weights(options["init_from"], model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-    progress = {"step": 0, "seconds": 0.0, "losses": []}
+    progress = {"step": 0, "seconds": 0.0, "losses": [], "pictures": pictures}
     if state:
-        common.restore_state(state, model, ema, optimizer)
-        progress = {name: state[name] for name in progress}
+        common.restore_state(state, model, ema, optimizer, pictures)
+        progress |= {name: state[name] for name in ("step", "seconds", "losses")}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
     flops = common.flops_per_image(new_model, rectified_flow_loss)
@@ -426,7 +427,7 @@ def train(options, flags):
 
             if master and save:
                 seconds = time.perf_counter() - started
-                progress = {"step": step, "seconds": seconds, "losses": losses}
+                progress |= {"step": step, "seconds": seconds, "losses": losses}
                 save_checkpoint(model, ema, optimizer, progress, required=stop or step == STEPS)
 
             if evaluate:  # what was done since then is not training
