@@ -46,8 +46,8 @@ RUN_FILES = ("train_state.pt", "model.safetensors")  # in the folder of a run
 FILE_COLUMNS = "filename file filepath filepaths path image imagename imageid imageindex id".split()
 LABEL_COLUMNS = "label labels class classname category species name".split()
 
-# Data sets on the Hub whose pictures are inside of such files are read by the `datasets` library.
-PACKED = (".parquet", ".arrow", ".tar", ".zip", ".csv", ".jsonl", ".json")
+# Files that hold pictures, or tell where they are, for the `datasets` library.
+PACKED = (".parquet", ".arrow", ".tar", ".zip", ".csv", ".jsonl")
 
 # What Pillow raises when a file is broken, cut short, or crafted to exhaust memory.
 BROKEN_PICTURE = (
@@ -75,9 +75,11 @@ def load_dataset(name, image_size):
     """
     if name == "drawn":
         return draw_butterflies(images_per_class=54, image_size=image_size, seed=0)
-    if Path(name).is_dir():
-        return load_images(name, image_size)
-    return load_from_hub(name, image_size)
+    if not Path(name).is_dir():
+        return load_from_hub(name, image_size)
+    if is_packed(files_below(Path(name), Counter())):
+        return load_with_datasets(name, image_size)
+    return load_images(name, image_size)
 
 
 def load_images(folder, image_size):
@@ -220,6 +222,8 @@ def visible(folder, passed_over):
 def is_of_a_run(folder):
     """Whether train.py or sample.py wrote the folder."""
     if any((folder / name).exists() for name in RUN_FILES):
+        return True
+    if [entry.name for entry in folder.iterdir()] == ["samples"]:  # a run that has just begun
         return True
     return folder.name == "samples" and any(folder.glob("class-*-seed-*.png"))
 
@@ -382,18 +386,26 @@ def load_from_hub(name, image_size):
     """A data set on the Hub: pictures in folders, or files that the `datasets` library reads."""
     hint = f"no data set at {name}; try --preset laptop, or --dataset FOLDER"
     files = [PurePosixPath(file) for file in list_files(name)]
-    pictures = pictures_among(files)
-    packed = [file for file in files if file.suffix.lower() in PACKED]
-    if packed and len(pictures) < 10 * len(packed):  # a few may be of its documentation
+    if is_packed(files):
         return load_with_datasets(name, image_size)
 
-    tops = {file.parts[0] for file in pictures if len(file.parts) > 1}
+    tops = {file.parts[0] for file in files if len(file.parts) > 1}
     skipped = []
     if "train" in map(str.casefold, tops):
         skipped = [f"{top}/*" for top in tops if top.casefold() in HELD_OUT_SPLITS]
     return load_images(
         download(name, hint, repo_type="dataset", ignore_patterns=skipped), image_size
     )
+
+
+def is_packed(files):
+    """Whether the pictures of a data set are inside of other files. A few pictures beside parquet
+    files are documentation."""
+    pictures = pictures_among(files)
+    parquet = [file for file in files if ending(file) == ".parquet"]
+    if parquet:
+        return len(pictures) < 10 * len(parquet)
+    return not pictures and any(ending(file) in PACKED for file in files)
 
 
 def load_with_datasets(name, image_size):
@@ -407,16 +419,17 @@ def load_with_datasets(name, image_size):
     problems = (datasets.exceptions.DatasetsError, OSError, ValueError)
     try:
         builder = datasets.load_dataset_builder(name)
-        files = builder.config.data_files
+        files = (builder.config.data_files or {}).get("train", [])
         options = {}
-        if files and len(files) > 1 and "train" in files:
+        if files and all(file.startswith("hf://") for file in files):
             # Of several splits the library would download all, unless told which files are wanted.
             # They are named hf://datasets/<name>@<commit>/<path>.
-            wanted = [file.partition("@")[2].partition("/")[2] for file in files["train"]]
+            wanted = [file.partition("@")[2].partition("/")[2] for file in files]
             options = {"data_files": {"train": wanted}, "verification_mode": "no_checks"}
         dataset = datasets.load_dataset(name, split="train", **options)
     except problems as error:
-        raise UserError(f"the datasets library cannot read {name}: {error}") from error
+        message = f"the datasets library cannot read {name}: {str(error)[:300]}"
+        raise UserError(message) from error
 
     features = dataset.features
     columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
@@ -472,7 +485,7 @@ def find_label_column(datasets, dataset):
 
 def repeat(values):
     """Whether values are few enough to be classes: captions and names of files are not."""
-    return len(set(values)) <= len(values) / 2
+    return len(set(values)) <= 0.7 * len(values)
 
 
 # Held-out pictures

@@ -5,9 +5,18 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def entry(path, folder):
+    """A file or a folder as the Hub lists it."""
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(b"").hexdigest()}
+    oid = hashlib.sha1(path.read_bytes()).hexdigest()
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
 
 
 class Hub:
@@ -26,7 +35,7 @@ class Hub:
                 path = unquote(urlsplit(self.path).path).strip("/")
                 hub.asked.append(path)
                 for name, folder in repositories.items():
-                    if path.startswith(f"api/{hub.api_name(name)}/"):
+                    if f"{path}/".startswith(f"api/{hub.api_name(name)}/"):
                         return self.describe(path, name, Path(folder))
                     if path.startswith(f"{name}/resolve/"):
                         file = Path(folder, path.removeprefix(f"{name}/resolve/").split("/", 1)[1])
@@ -37,18 +46,31 @@ class Hub:
 
             do_HEAD = do_GET
 
-            def describe(self, path, name, folder):
+            def do_POST(self):
+                """paths-info: what is known of some files."""
+                asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                wanted = (
+                    parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
+                )
+                path = unquote(urlsplit(self.path).path).strip("/")
+                hub.asked.append(path)
+                for name, folder in repositories.items():
+                    if path.startswith(f"api/{hub.api_name(name)}/paths-info/"):
+                        return self.describe(path, name, Path(folder), wanted)
+                return self.answer(b"", 404, **{"X-Error-Code": "RepoNotFound"})
+
+            def describe(self, path, name, folder, wanted=None):
                 files = sorted(p for p in folder.rglob("*") if p.is_file())
-                if "/tree/" in path:
-                    listing = [
-                        {
-                            "type": "file",
-                            "path": p.relative_to(folder).as_posix(),
-                            "size": p.stat().st_size,
-                            "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
-                        }
-                        for p in files
+                if wanted is not None:
+                    known = [
+                        p for p in folder.rglob("*") if p.relative_to(folder).as_posix() in wanted
                     ]
+                    listing = [entry(p, folder) for p in known]
+                elif "/tree/" in path:
+                    _, _, below = path.partition("/tree/")[2].partition("/")  # of the commit
+                    everything = "recursive=True" in self.path or "recursive=true" in self.path
+                    found = (folder / below).glob("**/*" if everything else "*")
+                    listing = [entry(p, folder) for p in sorted(found)]
                 else:
                     siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
                     short = name.removeprefix("datasets/")

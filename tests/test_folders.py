@@ -1,0 +1,328 @@
+"""Folders as people have them: which pictures are taken, as which class, and what is said of it."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, call, refused
+from PIL import Image
+
+from data.images import held_out, load_images
+from model import UserError
+
+
+def save(*paths, colour=(120, 40, 200)):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), colour).save(path)
+
+
+def tree(folder, names, files=("0.png", "1.png")):
+    """A picture of each name in each of the folders."""
+    save(*(folder / name / file for name in names for file in files))
+
+
+def classes(folder):
+    """{class: number of its pictures} of a folder."""
+    _, labels, names = load_images(folder, 16)
+    return {name: int((labels == n).sum()) for n, name in enumerate(names)}
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("others", [["test"], ["Valid", "TEST"], ["validation"], ["val"]])
+def test_of_splits_train_is_taken(tmp_path, capsys, others):
+    tree(tmp_path / "Train", ["fish", "star"])
+    for other in others:
+        tree(tmp_path / other, ["fish", "star", "only here"], files=["0.png"])
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    out, err = capsys.readouterr()
+    assert f"pictures from {tmp_path / 'Train'}" in out
+    assert all(f"3 pictures of the split {other}" in err for other in others)
+
+
+def test_train_alone_is_a_wrapper_and_without_splits_a_class(tmp_path):
+    tree(tmp_path / "a" / "train", ["fish", "star"])
+    assert classes(tmp_path / "a") == {"fish": 2, "star": 2}
+    tree(tmp_path / "b", ["train", "boat"])
+    assert classes(tmp_path / "b") == {"train": 2, "boat": 2}
+
+
+def test_splits_of_loose_pictures_are_one_class(tmp_path):
+    save(*(tmp_path / split / f"{n}.png" for split in ("train", "val") for n in range(3)))
+    assert classes(tmp_path) == {"train": 3}
+
+
+@pytest.mark.parametrize("wrapper", ["archive", "archive/images", "archive/images/all"])
+def test_a_folder_around_it_all_is_no_class(tmp_path, wrapper):
+    tree(tmp_path / wrapper, ["fish", "star"])
+    (tmp_path / "README.md").write_text("pictures")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+
+
+def test_a_wrapper_may_hold_splits_or_labels(tmp_path):
+    tree(tmp_path / "a" / "archive" / "train", ["fish", "star"])
+    tree(tmp_path / "a" / "archive" / "test", ["fish", "star"])
+    assert classes(tmp_path / "a") == {"fish": 2, "star": 2}
+    save(tmp_path / "b" / "archive" / "0.png", tmp_path / "b" / "archive" / "1.png")
+    (tmp_path / "b" / "archive" / "labels.csv").write_text("file,label\n0.png,fish\n1.png,star\n")
+    assert classes(tmp_path / "b") == {"fish": 1, "star": 1}
+
+
+def test_one_class_folder_is_a_class(tmp_path):
+    save(tmp_path / "fish" / "0.png", tmp_path / "fish" / "old" / "1.png")
+    assert classes(tmp_path) == {"fish": 2}
+
+
+def test_loose_pictures_beside_class_folders_are_named_and_passed_over(tmp_path, capsys):
+    folder = tmp_path / "fish"  # named as one of its classes
+    tree(folder, ["fish", "star"])
+    save(folder / "loose.png", folder / "another.jpg")
+    assert classes(folder) == {"fish": 2, "star": 2}
+    assert "2 pictures beside the class folders" in capsys.readouterr().err
+
+
+def test_what_systems_and_runs_leave_is_no_class(trained, tmp_path, capsys):
+    tree(tmp_path, ["fish", "star", "__MACOSX", "fish/@eaDir", "$RECYCLE.BIN"])
+    (tmp_path / "out").symlink_to(trained / "out")
+    save(tmp_path / "samples" / "class-3-seed-0.png")
+    save(tmp_path / "star" / ".Trashes" / "0.png")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    err = capsys.readouterr().err
+    for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN"):
+        assert f"1 folder of the system ({name})" in err
+    assert "1 folder of a run (out)" in err and "1 folder of a run (samples)" in err
+
+
+def test_training_in_the_folder_of_the_pictures(tmp_path):
+    tree(tmp_path, ["fish", "star"], files=[f"{n}.png" for n in range(4)])
+    few = [*SMALL, "--steps", 2, "--batch-size", 4]
+    call("train.py", *few, "--dataset", ".", cwd=tmp_path)
+    call("sample.py", "--steps", 2, cwd=tmp_path)
+    out, err = call("train.py", *few, "--dataset", ".", "--overwrite", cwd=tmp_path)
+    assert "2 classes, 8 pictures, 1 of them held out" in out
+    assert "classes: 0 fish, 1 star" in out and "pictures from ." in out
+    assert "1 folder of a run (out)" in err
+
+
+# Labels in a CSV file
+
+
+def kaggle(folder, labels, test=2):
+    """train/ with a picture for each label, test/ without labels, and the two tables."""
+    save(*(folder / "train" / f"{n}.jpg" for n in range(len(labels))))
+    save(*(folder / "test" / f"{n}.jpg" for n in range(test)))
+    rows = "".join(f"{n}.jpg,{label}\n" for n, label in enumerate(labels))
+    (folder / "Training_set.csv").write_text(f"filename,label\n{rows}")
+    (folder / "Testing_set.csv").write_text("filename\n0.jpg\n1.jpg\n")
+
+
+def test_the_labels_of_kaggle_butterflies(tmp_path, capsys):
+    kaggle(tmp_path, ["MONARCH", "RED ADMIRAL", "MONARCH", "MONARCH", "RED ADMIRAL"])
+    assert classes(tmp_path) == {"MONARCH": 3, "RED ADMIRAL": 2}
+    out, err = capsys.readouterr()
+    assert f"pictures from {tmp_path}, by Training_set.csv" in out
+    assert "2 pictures elsewhere that Training_set.csv does not label" in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file_name,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n",  # Hugging Face's metadata.csv
+        "\ufefffile_name;class\r\n0.jpg;a\r\n1.jpg;b\r\n2.jpg;a\r\n",  # a spreadsheet's
+        "label,width,File Name\na,40,0.jpg\nb,40,1.jpg\na,40,2.jpg\n",
+        "id,breed\n0,a\n1,b\n2,a\n",  # names without their ending; a column that is no known word
+        '"path","category"\n"./0.jpg","a"\n"1.jpg","b"\n"2.jpg","a"\n',
+    ],
+)
+def test_tables_in_other_words(tmp_path, text):
+    save(*(tmp_path / f"{n}.jpg" for n in range(3)))
+    (tmp_path / "metadata.csv").write_text(text, "utf-8", newline="")
+    assert classes(tmp_path) == {"a": 2, "b": 1}
+
+
+def test_a_table_inside_of_a_split(tmp_path):
+    for split in ("train", "test"):
+        save(*(tmp_path / split / f"{n}.jpg" for n in range(4)))
+        rows = "".join(f"{n}.jpg,{'ab'[n % 2]}\n" for n in range(4))
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    assert classes(tmp_path) == {"a": 2, "b": 2}
+
+
+def test_a_table_that_says_what_the_folders_say(tmp_path):
+    tree(tmp_path / "train", ["fish", "star"])
+    tree(tmp_path / "test", ["fish", "star"])
+    names = [(split, name) for split in ("train", "test") for name in ("fish", "star")]
+    rows = "".join(f"{split}/{name}/{n}.png,{name}\n" for split, name in names for n in range(2))
+    (tmp_path / "all.csv").write_text(f"filepaths,labels\n{rows}")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+
+
+def test_tables_about_something_else_are_no_labels(tmp_path):
+    tree(tmp_path, ["fish", "star"])
+    (tmp_path / "prices.csv").write_text("label,price\nfish,3\n")
+    (tmp_path / "people.csv").write_text("file,name\nletter.doc,Ada\nother.doc,Ada\n")
+    (tmp_path / "broken.csv").write_bytes(b"\xff\xfe\x00\x01 file,label\n\x00")
+    (tmp_path / "empty.csv").write_text("")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    save(*(tmp_path / "few" / f"{n}.png" for n in range(3)))
+    captions = "file_name,text\n0.png,A fish.\n1.png,A star.\n2.png,Another star.\n"
+    (tmp_path / "few" / "metadata.csv").write_text(captions)
+    assert classes(tmp_path / "few") == {"few": 3}
+
+
+def test_labels_that_do_not_cover_the_pictures_are_refused(tmp_path):
+    kaggle(tmp_path, ["a", "b", "a"])
+    save(tmp_path / "train" / "new.jpg")
+    with pytest.raises(UserError, match="labels 3 pictures, and 1 .* no label, such as new.jpg"):
+        load_images(tmp_path, 16)
+
+
+def test_two_readings_are_refused_with_both_named(tmp_path):
+    tree(tmp_path, ["one", "two"])
+    rows = "one/0.png,a\none/1.png,b\ntwo/0.png,a\ntwo/1.png,b\n"
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    line = refused("train.py", *SMALL, "--dataset", tmp_path, "--out-dir", "o", cwd=tmp_path)
+    assert "folders of pictures" in line and "labels.csv" in line
+    (tmp_path / "more.csv").write_text(f"file,label\n{rows}")
+    with pytest.raises(UserError, match="several CSV files with labels .labels.csv, more.csv."):
+        load_images(tmp_path, 16)
+
+
+def test_rows_without_a_picture_are_counted(tmp_path, capsys):
+    kaggle(tmp_path, ["a", "b", "a"])
+    with open(tmp_path / "Training_set.csv", "a") as table:
+        table.write("gone.jpg,a\n")
+    assert classes(tmp_path) == {"a": 2, "b": 1}
+    assert "1 rows of Training_set.csv that name no picture" in capsys.readouterr().err
+
+
+# Formats
+
+
+@pytest.mark.parametrize("name", "jfif jpe avif jp2 j2k tga ppm bmp dib ico pcx qoi sgi".split())
+def test_whatever_pillow_opens_is_read(tmp_path, name):
+    if f".{name}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow has no {name}")
+    (tmp_path / "class").mkdir()
+    try:
+        Image.new("RGB", (40, 40), (120, 40, 200)).save(tmp_path / "class" / f"0.{name}")
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {name}")
+    images, _, _ = load_images(tmp_path, 16)
+    assert (images[0].float().mean((1, 2)) - torch.tensor([120.0, 40, 200])).abs().max() < 6
+
+
+def test_the_content_counts_and_not_the_ending(tmp_path):
+    save(tmp_path / "class" / "0.png", tmp_path / "class" / "1.jpg")
+    (tmp_path / "class" / "0.png").rename(tmp_path / "class" / "0.jpg")
+    (tmp_path / "class" / "1.jpg").rename(tmp_path / "class" / "download")
+    assert classes(tmp_path) == {"class": 2}
+
+
+def test_endings_that_are_no_pictures_are_counted(tmp_path, capsys):
+    save(tmp_path / "class" / "0.png")
+    for name in ("a.txt", "b.txt", "c.HEIC", "d.svg", "e"):
+        (tmp_path / "class" / name).write_bytes(b"\x00\x00\x00 ftypnothing")
+    assert classes(tmp_path) == {"class": 1}
+    line = capsys.readouterr().err
+    for text in ("2 .txt", "1 .heic (readable after pip install pillow-heif)", "1 .svg"):
+        assert text in line
+    assert "1 files without an ending" in line and line.count("passed over") == 1
+
+
+def grey(tmp_path, name, values, mode):
+    """The grey levels, from 0 to 255, at which a picture of two halves is read."""
+    halves = np.repeat(np.array([values]), 40, axis=0).repeat(20, axis=1)
+    (tmp_path / "class").mkdir(exist_ok=True)
+    if mode == "pgm":
+        content = b"P5 40 40 65535\n" + halves.astype(">u2").tobytes()
+        (tmp_path / "class" / name).write_bytes(content)
+    elif mode == "I;16B":
+        Image.frombytes(mode, (40, 40), halves.astype(">u2").tobytes()).save(
+            tmp_path / "class" / name
+        )
+    else:
+        Image.fromarray(halves.astype(mode)).save(tmp_path / "class" / name)
+    picture = load_images(tmp_path, 16)[0][0].float()
+    assert (picture[0] - picture[1]).abs().max() == 0
+    return round(picture[0, 8, 2].item()), round(picture[0, 8, 13].item())
+
+
+@pytest.mark.parametrize(
+    "name, values, mode, expected",
+    [
+        ("deep.png", (0, 65535), "uint16", (0, 255)),
+        ("dark.png", (0, 200), "uint16", (0, 1)),  # of 65,535: nearly black, as it is shown
+        ("deep.tif", (16448, 49344), "uint16", (64, 192)),
+        ("big-endian.tif", (16448, 49344), "I;16B", (64, 192)),
+        ("deep.pgm", (16448, 49344), "pgm", (64, 192)),
+        ("bytes.tif", (64, 192), "int32", (64, 192)),
+        ("words.tif", (16448, 49344), "int32", (64, 192)),
+        ("wide.tif", (-100000, 300000), "int32", (0, 255)),
+        ("unit.tif", (0.25, 0.75), "float32", (64, 191)),
+        ("float.tif", (64, 192), "float32", (64, 192)),
+        ("heights.tif", (-12.5, 8848.5), "float32", (0, 255)),
+        ("flat.tif", (-3, -3), "float32", (0, 0)),
+    ],
+)
+def test_grey_of_16_and_32_bits_is_what_it_shows(tmp_path, name, values, mode, expected):
+    assert grey(tmp_path, name, values, mode) == pytest.approx(expected, abs=1)
+
+
+def test_not_a_number_in_a_float_picture_is_black(tmp_path):
+    values = np.full((40, 40), 0.5, "float32")
+    values[:, :20] = np.nan
+    (tmp_path / "class").mkdir()
+    Image.fromarray(values).save(tmp_path / "class" / "0.tif")
+    picture = load_images(tmp_path, 16)[0][0]
+    assert picture[0, 8, 2] == 0 and picture[0, 8, 13] == 128
+
+
+def test_a_reduced_jpeg_looks_as_the_whole_one_does(tmp_path):
+    ramp = np.linspace(0, 255, 1600)[None].repeat(1200, axis=0)
+    image = Image.fromarray(np.stack([ramp, ramp[:, ::-1], ramp * 0 + 90], -1).astype("uint8"))
+    for name in ("class/0.jpg", "whole/0.png"):
+        (tmp_path / name).parent.mkdir()
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned, which must hold for the reduced picture as well
+        image.save(tmp_path / name, exif=exif)
+    images, _, _ = load_images(tmp_path, 16)
+    assert (images[0].float() - images[1].float()).abs().max() < 4
+
+
+# Held-out pictures
+
+
+def test_a_twentieth_in_all_is_held_out():
+    labels = torch.arange(20).repeat_interleave(5)
+    assert held_out(labels).sum() == 5  # and not one of each class
+    labels = torch.arange(75).repeat_interleave(55)
+    mask = held_out(labels)
+    assert 0.045 < mask.float().mean() < 0.055
+    assert all(mask[labels == label].any() for label in range(75))
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_classes_of_up_to_three_keep_theirs(each):
+    assert not held_out(torch.arange(20).repeat_interleave(each)).any()
+
+
+def test_four_pictures_have_one_held_out():
+    assert held_out(torch.zeros(4, dtype=torch.int64)).tolist() == [True, False, False, False]
+
+
+def test_resume_says_that_pictures_were_added(pictures, trained, tmp_path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copytree(trained / "out", tmp_path / "out")
+    resume = ["--resume", "--dataset", "pictures", "--steps"]
+    _, err = call("train.py", *resume, 31, cwd=tmp_path)
+    assert "warning" not in err
+    name = sorted(path.name for path in pictures.iterdir())[0]
+    save(tmp_path / "pictures" / name / "new.png")
+    _, err = call("train.py", *resume, 32, cwd=tmp_path)
+    assert "21 pictures have become 22 since the run began" in err
+    _, err = call("train.py", *resume, 33, cwd=tmp_path)
+    assert "warning" not in err  # it was said once
