@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -423,6 +424,28 @@ def folder_names(class_names):
         taken.add(folder.casefold())
         folders.append(folder)
     return folders
+
+
+def find_class(name, class_names):
+    """The id of a class by its name, in any Unicode normal form. Case is ignored, unless names
+    differ in nothing else. Raises UserError if there is no such class, or several."""
+
+    def normal(text):
+        return unicodedata.normalize("NFC", text)
+
+    exact, similar = [], []
+    for class_id, class_name in enumerate(class_names):
+        if normal(class_name) == normal(name):
+            exact.append(class_id)
+        if normal(normal(class_name).casefold()) == normal(normal(name).casefold()):
+            similar.append(class_id)
+    matches = exact if len(exact) == 1 else similar
+    if not matches:
+        raise UserError(f'--class-name "{name}" is not a class of this model: --list-classes')
+    if len(matches) > 1:
+        listed = " or ".join(f'"{class_names[match]}" (--class-id {match})' for match in matches)
+        raise UserError(f'--class-name "{name}" may mean {listed}')
+    return matches[0]
 
 
 def prepare_files(directory, class_names, class_ids):

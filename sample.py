@@ -130,18 +130,14 @@ def parse_flags():
 
 def chosen_classes(flags, class_names):
     """The class ids selected by the flags, without duplicates; [] if they select none."""
-    # A class given twice is sampled once: the grid has one row for it.
-    id_of = {name.casefold(): class_id for class_id, name in enumerate(class_names)}
     class_ids = list(flags.class_id or [])
     for name in flags.class_name or []:
-        if name.casefold() not in id_of:
-            raise UserError(f'--class-name "{name}" is not a class of this model: --list-classes')
-        class_ids.append(id_of[name.casefold()])
+        class_ids.append(common.find_class(name, class_names))
     for class_id in class_ids:
         if not 0 <= class_id < len(class_names):
             ids = f"0 to {len(class_names) - 1}"
             raise UserError(f"--class-id {class_id} is not a class of this model, which has {ids}")
-    return list(dict.fromkeys(class_ids))
+    return list(dict.fromkeys(class_ids))  # a class given twice has one row of the grid
 
 
 def main():

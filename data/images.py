@@ -167,15 +167,14 @@ def find_classes(folder, passed_over):
         classes, source = find_classes(train[0], passed_over)
         return classes, f"{source}, the split for training"
 
-    pictures = pictures_among(files)
-    if len(folders) == 1 and not pictures and wraps(folders[0]):
+    if len(folders) == 1 and not pictures_among(files) and wraps(folders[0]):
         return find_classes(folders[0], passed_over)
 
     if not folders:
         return {folder.resolve().name: files}, str(folder)
     for path in files:
-        kind = "pictures beside the class folders" if path in pictures else ending(path)
-        passed_over[kind] += 1
+        is_picture = ending(path) in PICTURE_ENDINGS
+        passed_over["pictures beside the class folders" if is_picture else ending(path)] += 1
     classes = {entry.name: files_below(entry, passed_over) for entry in folders}
     return classes, str(folder)
 
@@ -413,9 +412,12 @@ def load_with_datasets(name, image_size):
     images, labelled by the first that holds labels. Raises UserError if there is no such thing."""
     try:
         import datasets
+        import fsspec  # comes with it
     except ImportError as error:
         message = f"{name} does not hold folders of pictures: to read it, pip install datasets"
         raise UserError(message) from error
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     problems = (datasets.exceptions.DatasetsError, OSError, ValueError)
     try:
         builder = datasets.load_dataset_builder(name)
@@ -428,7 +430,7 @@ def load_with_datasets(name, image_size):
             options = {"data_files": {"train": wanted}, "verification_mode": "no_checks"}
         dataset = datasets.load_dataset(name, split="train", **options)
     except problems as error:
-        message = f"the datasets library cannot read {name}: {str(error)[:300]}"
+        message = f"the datasets library cannot read {name}: {str(error.__cause__ or error)[:300]}"
         raise UserError(message) from error
 
     features = dataset.features
@@ -442,21 +444,27 @@ def load_with_datasets(name, image_size):
         labels = [name] * len(dataset)
 
     def read(row):
-        image = encoded[row][columns[0]] or {}
-        file = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-        return read_picture(file, image_size) if file else None
+        image = encoded[row][columns[0]]
+        if image is None:
+            return None
+        content = image["bytes"]
+        if content is None:  # there is a path then, in a folder or in an archive
+            with fsspec.open(image["path"]) as file:
+                content = file.read()
+        return read_picture(io.BytesIO(content), image_size)
 
     pictures = read_all(read, range(len(dataset)))
     kept = [row for row, picture in enumerate(pictures) if picture is not None and labels[row]]
+    used = {labels[row] for row in kept}
     if len(kept) < len(pictures):
         skipped = len(pictures) - len(kept)
         say(f"skipped {skipped} rows without a picture or a label", file=sys.stderr)
     if not kept:
         raise UserError(f"no picture of {name} can be read")
     if isinstance(features.get(label_column), datasets.ClassLabel):
-        class_names = [label for label in features[label_column].names if label in labels]
+        class_names = [label for label in features[label_column].names if label in used]
     else:
-        class_names = sorted({labels[row] for row in kept})
+        class_names = sorted(used)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     order = sorted(kept, key=lambda row: label_of[labels[row]])  # by class, like load_images
     by_label = f"labels: {label_column}" if label_column else "no labels: one class"

@@ -1,11 +1,13 @@
 """Folders as people have them: which pictures are taken, as which class, and what is said of it."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, call, refused
+from conftest import ROOT, SMALL, call, refused
 from PIL import Image
 
 from data.images import held_out, load_images
@@ -291,6 +293,25 @@ def test_a_reduced_jpeg_looks_as_the_whole_one_does(tmp_path):
         image.save(tmp_path / name, exif=exif)
     images, _, _ = load_images(tmp_path, 16)
     assert (images[0].float() - images[1].float()).abs().max() < 4
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from data.images import load_images
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_images(sys.argv[2], 64)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does, in kilobytes")
+def test_a_photograph_of_80_megapixels_does_not_fill_the_memory(tmp_path):
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (10000, 8000), (120, 40, 200)).save(tmp_path / "class" / "0.jpg")
+    command = [sys.executable, "-c", MEMORY, ROOT, tmp_path]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(out.split()[-1]) < 100  # megabytes; decoded as a whole it would be 229
 
 
 # Held-out pictures

@@ -7,7 +7,7 @@ import torch
 from conftest import call, refused
 from PIL import Image
 
-from common import load_model
+from common import find_class, load_model
 from model import DiT, UserError, pick_device
 from sample import DEFAULT_STEPS, generate, to_grid, to_uint8
 
@@ -204,3 +204,67 @@ def test_auto_is_a_device_that_works():
 def test_the_model_is_ready_to_sample(trained):
     model = load_model(str(trained / "out"))
     assert isinstance(model, DiT) and not model.training
+
+
+@pytest.fixture
+def foreign_names(tmp_path):
+    """A model whose class names need care: composed and decomposed letters, and case."""
+    names = ["Caf\u00e9", "E\u0301toile", "fish", "Fish", "STRASSE"]
+    DiT(16, 4, 16, 1, 2, names).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name, class_id",
+    [
+        ("Caf\u00e9", 0),
+        ("cafe\u0301", 0),
+        ("\u00e9toile", 1),
+        ("ETOILE\u0301", None),
+        ("fish", 2),
+        ("Fish", 3),
+        ("Stra\u00dfe", 4),
+    ],
+)
+def test_a_class_is_found_in_any_form_of_its_name(name, class_id):
+    names = ["Caf\u00e9", "E\u0301toile", "fish", "Fish", "STRASSE"]
+    if class_id is None:
+        with pytest.raises(UserError, match="--list-classes"):
+            find_class(name, names)
+    else:
+        assert find_class(name, names) == class_id
+
+
+def test_names_that_differ_by_case_alone_are_asked_about(foreign_names, tmp_path):
+    flags = ["--checkpoint", foreign_names, "--steps", 1]
+    line = refused("sample.py", *flags, "--class-name", "FISH", cwd=tmp_path)
+    assert '"fish" (--class-id 2) or "Fish" (--class-id 3)' in line
+    out, _ = call("sample.py", *flags, "--class-name", "Fish", cwd=tmp_path)
+    assert "class-3-" in out
+
+
+def test_guidance_is_the_models_own_unless_given(tmp_path):
+    for scale in (1.0, 6.0):
+        torch.manual_seed(0)
+        model = DiT(16, 4, 16, 1, 2, ["a", "b"], cfg_scale=scale)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        model.save_pretrained(tmp_path / f"{scale:g}")
+    few = ["--steps", 2, "--class-id", 0]
+    pictures = {}
+    for name, flags in {"1": [], "6": [], "given": ["--cfg-scale", 6]}.items():
+        folder = "1" if name == "given" else name
+        output = tmp_path / f"{name}.png"
+        run = ["--checkpoint", tmp_path / folder, *few, *flags, "--output", output]
+        call("sample.py", *run, cwd=tmp_path)
+        pictures[name] = output.read_bytes()
+    assert pictures["1"] != pictures["6"] == pictures["given"]
+
+
+@pytest.mark.parametrize("scale", ["NaN", '"3"', "null", "[3]"])
+def test_a_guidance_that_is_no_number_is_refused(tmp_path, scale):
+    DiT(16, 4, 16, 1, 2, ["a", "b"], cfg_scale=2.5).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("2.5", scale))
+    line = refused("sample.py", "--checkpoint", tmp_path / "model", cwd=tmp_path)
+    assert "config.json" in line

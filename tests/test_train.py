@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files(trained):
 
 def test_the_start_says_what_will_run(pictures, tmp_path):
     out, _ = call("train.py", *SMALL, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
-    assert "3 classes, 21 pictures, 3 of them held out" in out
+    assert "3 classes, 21 pictures, 2 of them held out" in out
     assert "M parameters" in out and "GFLOP per image" in out and "cpu" in out
     assert "blue-plain-pointed, red-eyes-pointed, yellow-spots-tailed" in out
 
