@@ -306,6 +306,8 @@ def before(without=()):
             function()
 
 
+LONGEST_BAR = 30  # percent, in the plot of the screening
+
 # name -> constants that differ from the default, and a function that changes the modules
 VARIANTS = {
     "default": ({}, None),
@@ -550,6 +552,44 @@ def draw_curves(stage, folder):
     print(path)
 
 
+def draw_differences(folder):
+    """ablations-screening.png: by how much the loss of each variant differs from the recipe's, in a
+    panel for each t. The grey band is twice the standard deviation of the recipe's seeds."""
+    plt = pyplot()
+    rows = [row for row in read_rows(folder / "ablations.csv") if row["stage"] == "screening"]
+    recipe = [row for row in rows if row["variant"] == "default"]
+    others = [row for row in rows if row["variant"] != "default" and row["seed"] == "0"]
+    if not recipe or not others:
+        return
+    means = {name: statistics.mean(float(row[name]) for row in recipe) for name in T}
+
+    def difference(row, name):
+        return 100 * (float(row[name]) / means[name] - 1)
+
+    others.sort(key=lambda row: -statistics.mean(difference(row, name) for name in T))
+    size = (11, 1.2 + 0.22 * len(others))
+    figure, panels = plt.subplots(1, len(T), figsize=size, sharey=True, layout="constrained")
+    for name, t, axes in zip(T, train.EVAL_T, panels):
+        values = [difference(row, name) for row in others]
+        colours = ["C2" if value < 0 else "C3" for value in values]
+        names = [row["variant"].replace("seed recipe", "predecessor's recipe") for row in others]
+        axes.barh(names, values, color=colours, zorder=2)
+        if len(recipe) > 1:
+            band = 200 * statistics.stdev(float(row[name]) for row in recipe) / means[name]
+            axes.axvspan(-band, band, color="0.75", zorder=1)
+        axes.axvline(0, color="black", lw=0.8, zorder=3)
+        for position, value in enumerate(values):
+            if value > LONGEST_BAR:
+                axes.text(LONGEST_BAR, position, f"+{value:.0f}% ", ha="right", va="center", size=7)
+        axes.set(xlim=(-LONGEST_BAR, LONGEST_BAR), title=f"t = {t}")
+        axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("difference of the held-out loss from the recipe's, in percent", size=10)
+    path = folder / "ablations-screening.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(path)
+
+
 def check_only(flags, rows):
     """UserError if --only names something that is no row."""
     for name in flags.only or []:
@@ -610,7 +650,10 @@ def main():
         if process.exitcode:
             raise UserError(f'"{row["variant"]}" ended with status {process.exitcode}: see above')
     write_table(flags.stage, flags.output)
-    draw_curves(flags.stage, flags.output)
+    if flags.stage == "screening":
+        draw_differences(flags.output)
+    else:
+        draw_curves(flags.stage, flags.output)
 
 
 if __name__ == "__main__":

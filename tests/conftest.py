@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 # One block of width 16 on pictures of 16x16: a step takes milliseconds.
 SMALL = "--image-size 16 --patch-size 4 --dim 16 --depth 1 --heads 2 --device cpu".split()
 SMALL += ["--precision", "fp32"]  # the same on every CPU
+
+
 def pytest_xdist_auto_num_workers(config):
     """Two workers for a core: tests of whole runs spend half of their time waiting."""
     return 2 * (os.cpu_count() or 1)

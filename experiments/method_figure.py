@@ -1,0 +1,129 @@
+"""The method in one figure, which the README shows.
+
+    python experiments/method_figure.py assets/laptop
+
+(a) A picture x and noise eps, z_t on the line between them, and v along it. (b) A drawn butterfly
+that was not trained on, at five t: z_t, the picture that the network predicts from it, and the
+velocity. (c) Two dimensions, where everything is known: many straight lines cross, the velocity is
+their mean, and its path bends; in few Euler steps it still ends near the data. Needs matplotlib.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
+from data.drawn import draw_butterflies  # noqa: E402
+from experiments.plot_loss import pyplot  # noqa: E402
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+CLASS_ID = 6  # the drawn butterfly of (b)
+DATA = torch.tensor([[2.2, 1.6], [2.9, 0.5], [2.4, -1.6], [3.1, -0.9]])  # the "pictures" of (c)
+NOISE_CENTRE = torch.tensor([-2.0, 0.0])  # drawn aside, so that lines can be told apart
+STARTS = torch.tensor([[-2.6, 1.5], [-1.4, 0.1], [-2.3, -1.4]])  # noise that is followed to data
+EULER_STEPS = 5
+
+
+def mean_velocity(z, t):
+    """The velocity that a perfect network has learned for DATA, in closed form.
+
+    z: (2,). Of all lines through z at t, that to data point i has a weight in proportion to the
+    density of the noise at its other end; the velocity is their mean, (z - mean x) / t.
+    """
+    eps = (z - (1 - t) * DATA) / t - NOISE_CENTRE
+    weights = torch.softmax(-eps.square().sum(dim=1) / 2, dim=0)
+    x = (weights[:, None] * DATA).sum(dim=0)
+    return (z - x) / t
+
+
+def path(z, steps):
+    """All states of Euler's method, (steps + 1, 2)."""
+    states = [z]
+    for step in range(steps):
+        z = z - mean_velocity(z, 1 - step / steps) / steps
+        states.append(z)
+    return torch.stack(states)
+
+
+def draw_line(axes):
+    """(a) One line, from a picture to noise."""
+    x, eps, t = torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.2]), 0.6
+    z = (1 - t) * x + t * eps
+    axes.plot(*zip(x, eps), color="0.6", zorder=1)
+    v = 0.35 * (eps - x)
+    arrow = {"arrowstyle": "-|>", "color": "C3", "lw": 2}
+    axes.annotate("", xy=z + v, xytext=z, arrowprops=arrow)
+    axes.scatter(*zip(x, eps, z), color=["C0", "0.3", "C1"], s=45, zorder=2)
+    axes.text(-0.1, -0.42, "picture x\n(t = 0)", ha="center", va="top")
+    axes.text(3.0, 1.5, "noise $\\epsilon$\n(t = 1)", ha="center")
+    axes.text(z[0] - 0.1, z[1] + 0.2, "$z_t = (1-t)\\,x + t\\,\\epsilon$", ha="right")
+    axes.text(2.35, 0.45, "$v = \\epsilon - x$", color="C3")
+    axes.set(xlim=(-1.3, 4), ylim=(-1.6, 2.6), title="(a) a straight line")
+    axes.axis("off")
+
+
+def draw_pictures(grid_axes, model):
+    """(b) What the network makes of one picture at five t."""
+    images, labels, _ = draw_butterflies(1, model.image_size, seed=7)
+    x = images[labels == CLASS_ID].float() / 127.5 - 1
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    for column, t in enumerate(TIMES):
+        z = (1 - t) * x + t * noise
+        with torch.no_grad():
+            v = model(z, torch.tensor([t]), torch.tensor([CLASS_ID]))
+        rows = {"$z_t$": z, "predicted x": z - t * v, "v = ($z_t$ - x) / t": v / 2}
+        for row, (name, picture) in enumerate(rows.items()):
+            axes = grid_axes[row][column]
+            axes.imshow(((picture[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0))
+            axes.set(xticks=[], yticks=[])
+            if row == 0:
+                axes.set_title(f"t = {t}", fontsize=9)
+            if column == 0:
+                axes.set_ylabel(name, fontsize=9)
+
+
+def draw_paths(axes):
+    """(c) Crossing lines, and where their mean leads."""
+    generator = torch.Generator().manual_seed(4)
+    noise = NOISE_CENTRE + torch.randn(60, 2, generator=generator)
+    ends = DATA[torch.arange(60) % len(DATA)]
+    for start, end in zip(noise, ends):
+        axes.plot(*zip(start, end), color="0.85", lw=0.7, zorder=1)
+    for number, start in enumerate(STARTS):
+        label = number == 0
+        smooth, coarse = path(start, 400), path(start, EULER_STEPS)
+        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean" if label else None)
+        name = f"{EULER_STEPS} Euler steps" if label else None
+        axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1, label=name)
+    axes.scatter(*torch.cat([noise, STARTS]).T, color="0.3", s=6, zorder=2)
+    axes.scatter(*DATA.T, color="C0", s=60, marker="s", zorder=4)
+    axes.text(NOISE_CENTRE[0], -3.0, "noise", ha="center")
+    axes.text(2.7, -2.4, "data", ha="center", color="C0")
+    axes.set(ylim=(-3.2, 3.2), title="(c) many lines, and their mean")
+    axes.axis("off")
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+
+
+def main():
+    parser = common.new_parser(__doc__)
+    parser.add_argument("checkpoint", help="trained on drawn butterflies: a folder or a Hub id")
+    output = ASSETS / "method.png"
+    parser.add_argument("--output", type=Path, default=output, help="(assets/method.png)")
+    flags = parser.parse_args()
+    model = common.load_model(flags.checkpoint)
+    plt = pyplot()
+    figure = plt.figure(figsize=(12, 3.9), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.25, 1.1))
+    draw_line(left.subplots())
+    draw_pictures(middle.subplots(3, len(TIMES)), model)
+    middle.suptitle("(b) a butterfly at five t", fontsize=12)
+    draw_paths(right.subplots())
+    figure.savefig(flags.output, dpi=100)
+    print(flags.output)
+
+
+if __name__ == "__main__":
+    common.run_command(main)
