@@ -115,6 +115,30 @@ def test_the_pictures_of_the_readme_come_from_a_script(trained, tmp_path):
         assert image.size == (15 * 66 + 2, 5 * 66 + 2)
 
 
+def test_the_figure_of_the_method_is_of_the_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments.method_figure import DATA, NOISE_CENTRE, STARTS, mean_velocity, path
+
+    # The mean of eps - x over many pairs whose line comes close to z, against the closed form.
+    t, n, z = 0.6, 1_000_000, torch.tensor([0.2, -0.3])
+    generator = torch.Generator().manual_seed(0)
+    x = DATA[torch.randint(len(DATA), (n,), generator=generator)]
+    eps = NOISE_CENTRE + torch.randn(n, 2, generator=generator)
+    near = ((1 - t) * x + t * eps - z).norm(dim=1) < 0.05
+    assert near.sum() > 300
+    torch.testing.assert_close(mean_velocity(z, t), (eps - x)[near].mean(0), atol=0.15, rtol=0)
+
+    for start in STARTS:  # the path bends, and ends at a point of the data
+        states = path(start, 200)
+        assert (DATA - states[-1]).norm(dim=1).min() < 0.05
+        along = torch.linspace(0, 1, 201)[:, None]
+        assert (states - (start + along * (states[-1] - start))).norm(dim=1).max() > 0.1
+    flags = [ROOT / "assets" / "laptop", "--output", tmp_path / "method.png"]
+    call("experiments/method_figure.py", *flags, cwd=tmp_path)
+    with Image.open(tmp_path / "method.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 1000
+
+
 def roughness(image):
     """Mean difference of neighbouring pixels."""
     return pil_to_tensor(image).float().diff(dim=2).abs().mean().item()
@@ -159,7 +183,7 @@ def test_the_readme_quotes_code_that_is_there():
     )
     method = text.split("## The method")[1].split("\n## ")[0]
     quoted = [
-        line.replace("\\|", "/").split("|")[1].strip(" `") for line in method.split("\n| ")[1:]
+        line.replace("\\|", "/").split("|")[0].strip(" `") for line in method.split("\n| ")[1:]
     ]
     quoted = [line for line in quoted if line not in ("code", "---")]
     assert len(quoted) > 8
