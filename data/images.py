@@ -1,17 +1,18 @@
 """Where the pictures come from: the drawn butterflies, a folder, or a data set on the Hub.
 
-All three give the same: images uint8 (N,3,S,S), labels int64 (N,), and a list of class names.
-Everything is decoded once and stays in memory.
+All three return the same thing: images uint8 (N,3,S,S), labels int64 (N,), and a list of class
+names. Everything is decoded once and stays in memory.
 
 A folder may hold one folder of pictures per class, or nothing but pictures, which are one class.
-Around that, people's folders have splits (train beside test), one folder around it all, or a CSV
-file with the labels: find_classes() knows these. It says which it took, and what it passed over.
+Around that, people's folders have splits (train beside test), one folder wrapping everything, or a
+CSV file with the labels: find_classes() knows these. It reports what it used and what it skipped.
 """
 
 import contextlib
 import csv
 import io
 import os
+import re
 import struct
 import sys
 import zlib
@@ -27,27 +28,30 @@ from common import download, list_files
 from data.drawn import draw_butterflies
 from model import UserError
 
-with contextlib.suppress(ImportError):  # a plug-in of Pillow's, which reads what iPhones write
+with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
 Image.init()
-PICTURE_ENDINGS = {
-    ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN
+UNREADABLE_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")  # known to Pillow by name only
+PICTURE_SUFFIXES = {
+    suffix
+    for suffix, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in UNREADABLE_FORMATS
 }
 PLUG_INS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
 
-HELD_OUT_SPLITS = ("test", "val", "valid", "validation")  # what lies beside "train"
+TRAINING_SPLITS = ("train", "training")
+HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation")  # what lies beside "train"
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 RUN_FILES = ("train_state.pt", "model.safetensors")  # in the folder of a run
 
 # Columns of a CSV file, in the order of preference; spaces and underscores do not count.
 FILE_COLUMNS = "filename file filepath filepaths path image imagename imageid imageindex id".split()
-LABEL_COLUMNS = "label labels class classname category species name".split()
+LABEL_COLUMNS = "label labels class classname category species".split()
 
-# Files that hold pictures, or tell where they are, for the `datasets` library.
-PACKED = (".parquet", ".arrow", ".tar", ".zip", ".csv", ".jsonl")
+PACKED = (".parquet", ".arrow", ".tar", ".zip")  # files with pictures inside
 
 # What Pillow raises when a file is broken, cut short, or crafted to exhaust memory.
 BROKEN_PICTURE = (
@@ -77,9 +81,11 @@ def load_dataset(name, image_size):
         return draw_butterflies(images_per_class=54, image_size=image_size, seed=0)
     if not Path(name).is_dir():
         return load_from_hub(name, image_size)
-    if is_packed(files_below(Path(name), Counter())):
-        return load_with_datasets(name, image_size)
-    return load_images(name, image_size)
+    try:
+        packed = is_packed(files_below(Path(name), Counter()))
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error}") from error
+    return load_with_datasets(name, image_size) if packed else load_images(name, image_size)
 
 
 def load_images(folder, image_size):
@@ -105,40 +111,42 @@ def load_images(folder, image_size):
             if picture_of[path] is not None:
                 images.append(picture_of[path])
                 labels.append(label)
-            elif ending(path) in PICTURE_ENDINGS:
+            elif suffix(path) in PICTURE_SUFFIXES:
                 broken.append(path)
             else:
-                passed_over[ending(path)] += 1
+                passed_over[suffix(path)] += 1
 
     if broken:
         listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        say(f"skipped {len(broken)} pictures that cannot be read: {listed}", file=sys.stderr)
+        print_once(f"skipped {len(broken)} pictures that cannot be read: {listed}", file=sys.stderr)
     if passed_over:
         listed = [describe(kind, count) for kind, count in sorted(passed_over.items())]
-        say(f"passed over: {', '.join(listed)}", file=sys.stderr)
+        print_once(f"passed over: {', '.join(listed)}", file=sys.stderr)
     if not labels:
         raise UserError(f"no pictures in {folder}: it should hold one folder of pictures per class")
-    for label in set(range(len(class_names))) - set(labels):
-        name = class_names[label]
+    empty = set(range(len(class_names))) - set(labels)
+    if empty:
+        name = class_names[min(empty)]
         raise UserError(f'no pictures of class "{name}" in {source}: add some, or remove the class')
-    say(f"pictures from {source}")
+    print_once(f"pictures from {source}")
     return torch.stack(images), torch.tensor(labels), class_names
 
 
 def read_all(read, items):
     """[read(item)], by several threads: Pillow decodes outside of Python's global lock."""
     options = {"desc": "reading pictures", "leave": False}
-    return thread_map(read, items, disable=None, **options)  # no bar if stderr is no terminal
+    options["disable"] = None  # no progress bar unless stderr is a terminal
+    return thread_map(read, items, **options)
 
 
-def say(text, file=None):
+def print_once(text, file=None):
     """Print, but only in the first of several processes."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, file=file or sys.stdout, flush=True)
 
 
 def describe(kind, count):
-    """One kind of files or folders that were passed over, in words."""
+    """One kind of skipped files or folders, in words."""
     hint = f" (readable after {PLUG_INS[kind]})" if kind in PLUG_INS else ""
     return f"{count} {kind}{hint}"
 
@@ -147,62 +155,73 @@ def describe(kind, count):
 
 
 def find_classes(folder, passed_over):
-    """{class name: sorted paths of its files} of a folder, and where they are from, in words.
+    """{class name: sorted paths of its files} of a folder, and a description of their source.
 
-    passed_over: a Counter, to which kinds of things are added. Nothing hidden is looked at. In this
-    order: a CSV file that labels the pictures; train, beside test or val; the only folder, if
-    folders of pictures are inside of it; class folders; pictures that lie directly in the folder.
+    passed_over: a Counter, to which this function adds what it skips. Nothing hidden is looked at.
+    In this order: a CSV file that labels the pictures; train, beside test or val; the only folder,
+    if it wraps everything; class folders; pictures that lie directly in the folder. Raises
+    UserError if there are two readings.
     """
-    folders, files = visible(folder, passed_over)
     labelled = find_labels(folder, passed_over)
     if labelled:
         return labelled
+    folders, files = list_folder(folder, passed_over)
+    pictures = pictures_among(files)
 
-    train = [entry for entry in folders if entry.name.casefold() == "train"]
+    train = [entry for entry in folders if entry.name.casefold() in TRAINING_SPLITS]
     held_out = [entry for entry in folders if entry.name.casefold() in HELD_OUT_SPLITS]
     if len(train) == 1 and held_out:
-        for entry in held_out:
-            others = pictures_among(files_below(entry, Counter()))
-            passed_over[f"pictures of the split {entry.name}"] += len(others)
+        for entry in folders:
+            if entry != train[0]:
+                others = pictures_among(files_below(entry, Counter()))
+                passed_over[f"pictures in {entry.name}, beside the split {train[0].name}"] += len(
+                    others
+                )
         classes, source = find_classes(train[0], passed_over)
         return classes, f"{source}, the split for training"
 
-    if len(folders) == 1 and not pictures_among(files) and wraps(folders[0]):
+    if len(folders) == 1 and not pictures and is_wrapper(folders[0]):
         return find_classes(folders[0], passed_over)
 
-    if not folders:
-        return {folder.resolve().name: files}, str(folder)
-    for path in files:
-        is_picture = ending(path) in PICTURE_ENDINGS
-        passed_over["pictures beside the class folders" if is_picture else ending(path)] += 1
     classes = {entry.name: files_below(entry, passed_over) for entry in folders}
+    in_folders = sum(len(pictures_among(paths)) for paths in classes.values())
+    if not folders or (pictures and in_folders == 0):
+        return {folder.resolve().name: files}, str(folder)
+    if len(folders) == 1 and len(pictures) > in_folders:
+        raise UserError(
+            f"{folder} has {len(pictures)} pictures beside the folder {folders[0].name}: put all "
+            "of them into folders, one per class, or all of them into one folder"
+        )
+    for path in files:
+        is_picture = suffix(path) in PICTURE_SUFFIXES
+        passed_over["pictures beside the class folders" if is_picture else suffix(path)] += 1
     return classes, str(folder)
 
 
-def wraps(folder):
+def is_wrapper(folder):
     """Whether a folder that is alone in another is no class: it holds labels, or several folders
-    and no picture, or another such folder."""
-    folders, files = visible(folder, Counter())
+    and no picture, or another wrapper."""
+    folders, files = list_folder(folder, Counter())
     if find_labels(folder, Counter()):
         return True
     if pictures_among(files) or not folders:
         return False
-    return len(folders) > 1 or wraps(folders[0])
+    return len(folders) > 1 or is_wrapper(folders[0])
 
 
 def pictures_among(files):
-    """Those whose names end as pictures do."""
-    return [path for path in files if ending(path) in PICTURE_ENDINGS]
+    """The files with the suffix of a picture."""
+    return [path for path in files if suffix(path) in PICTURE_SUFFIXES]
 
 
-def ending(path):
-    """The suffix of a file name in lower case; a word if there is none."""
-    return path.suffix.lower() or "files without an ending"
+def suffix(path):
+    """The suffix of a file name, in lower case; words if there is none."""
+    return path.suffix.lower() or "without a suffix"
 
 
-def visible(folder, passed_over):
-    """The folders and the files in a folder, both sorted, without what is hidden or what a system
-    or a training has made."""
+def list_folder(folder, passed_over):
+    """The folders and the files in a folder, both sorted, except for what is hidden or was made by
+    the system or by a training run."""
     folders, files = [], []
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -210,9 +229,9 @@ def visible(folder, passed_over):
         if entry.is_file():
             files.append(entry)
         elif entry.is_dir() and entry.name.casefold() in SYSTEM_FOLDERS:
-            passed_over[f"folder of the system ({entry.name})"] += 1
+            passed_over[f"system folder ({entry.name})"] += 1
         elif entry.is_dir() and is_of_a_run(entry):
-            passed_over[f"folder of a run ({entry.name})"] += 1
+            passed_over[f"run folder ({entry.name})"] += 1
         elif entry.is_dir():
             folders.append(entry)
     return folders, files
@@ -222,17 +241,21 @@ def is_of_a_run(folder):
     """Whether train.py or sample.py wrote the folder."""
     if any((folder / name).exists() for name in RUN_FILES):
         return True
-    if [entry.name for entry in folder.iterdir()] == ["samples"]:  # a run that has just begun
-        return True
-    return folder.name == "samples" and any(folder.glob("class-*-seed-*.png"))
+    if folder.name == "samples":
+        return any(folder.glob("class-*-seed-*.png"))
+    # A run that has just begun has an empty folder for its samples.
+    entries = list(folder.iterdir())
+    return [entry.name for entry in entries] == ["samples"] and not any(entries[0].iterdir())
 
 
-def files_below(folder, passed_over):
-    """Sorted paths of all files in a folder and in the folders below it."""
-    folders, files = visible(folder, passed_over)
+def files_below(folder, passed_over, parents=()):
+    """Sorted paths of all files in a folder and in the folders below it. parents: the folders that
+    it is in, as a link may lead back to one of them."""
+    parents = (*parents, folder.resolve())
+    folders, files = list_folder(folder, passed_over)
     for entry in folders:
-        if not entry.is_symlink():  # it may lead back here
-            files += files_below(entry, passed_over)
+        if entry.resolve() not in parents:
+            files += files_below(entry, passed_over, parents)
     return sorted(files)
 
 
@@ -246,87 +269,115 @@ def find_labels(folder, passed_over):
     also lie in folders that say otherwise.
     """
     tables = {}
-    for path in sorted(folder.glob("*.csv")):
-        rows = read_table(path)
+    for path in list_folder(folder, Counter())[1]:
+        rows = read_table(path) if suffix(path) == ".csv" else {}
         if rows:
             tables[path] = rows
     if not tables:
         return None
-    for path in tables:  # one for training, beside one for testing
-        if "train" in path.stem.casefold():
-            tables = {path: tables[path]}
-    if len(tables) > 1:
-        names = ", ".join(path.name for path in tables)
-        raise UserError(f"{folder} has several CSV files with labels ({names}): keep one of them")
-    ((table, rows),) = tables.items()
+    if len(tables) > 1:  # perhaps one for training and one for testing
+        chosen = [path for path in tables if has_word(path.stem, TRAINING_SPLITS)]
+        if len(chosen) != 1:
+            names = ", ".join(path.name for path in tables)
+            raise UserError(f"{folder} has several CSV files with labels ({names}): keep one")
+        tables = {chosen[0]: tables[chosen[0]]}
+    table = next(iter(tables))
+    labels = tables[table]
 
+    # A table may name train/fish/1.jpg so, or fish/1.jpg, 1.jpg or 1.
     pictures = pictures_among(files_below(folder, Counter()))
-    places = {}  # every way in which a table may name a file
+    paths_by_name = {}
     for path in pictures:
         parts = path.relative_to(folder).parts
         for start in range(len(parts)):
-            name = "/".join(parts[start:])
-            places.setdefault(name, []).append(path)
-            places.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(path)
+            name = PurePosixPath(*parts[start:])
+            paths_by_name.setdefault(str(name), []).append(path)
+            paths_by_name.setdefault(str(name.with_suffix("")), []).append(path)
 
-    classes, missing = {}, 0
-    for name, label in rows.items():
-        found = places.get(name, [])
+    label_of, missing = {}, 0
+    for name, label in labels.items():
+        found = paths_by_name.get(name, [])
         if len(found) > 1:  # the same name in several splits
-            found = [path for path in found if "train" in map(str.casefold, path.parts)]
+            found = [path for path in found if is_in(path, folder, TRAINING_SPLITS)]
         if len(found) == 1:
-            classes.setdefault(label, []).append(found[0])
+            label_of[found[0]] = label
         else:
             missing += 1
-    if not classes:
-        return None  # it is about something else
-    labelled = {path: label for label, paths in classes.items() for path in paths}
+    if any(is_in(path, folder, TRAINING_SPLITS) for path in label_of):
+        for path in list(label_of):
+            if is_in(path, folder, HELD_OUT_SPLITS):
+                del label_of[path]
+    if not label_of:
+        return None  # the CSV is about something else
 
-    homes = {path.parent for path in labelled}
-    if len(homes) > 1 and all(path.parent.name == label for path, label in labelled.items()):
-        return None  # it says what the class folders say
-    if len({home.name for home in homes} - {"train", *HELD_OUT_SPLITS}) > 1:
+    labelled_folders = {path.parent for path in label_of}
+    if len(labelled_folders) > 1:
+        if all(path.parent.name == label for path, label in label_of.items()):
+            return None  # it says what the class folders say
+        names = {entry.name.casefold() for entry in labelled_folders}
+        if len(names - {*TRAINING_SPLITS, *HELD_OUT_SPLITS}) > 1:
+            message = f"{folder} has folders of pictures, and other labels in {table.name}"
+            raise UserError(f"{message}: remove the one or the other")
+    unlabelled = [p for p in pictures if p.parent in labelled_folders and p not in label_of]
+    if unlabelled:
         raise UserError(
-            f"{folder} has folders of pictures, and other labels in {table.name}: remove one"
-        )
-    bare = [path for path in pictures if path.parent in homes and path not in labelled]
-    if bare:
-        raise UserError(
-            f"{table} labels {len(labelled)} pictures, and {len(bare)} beside them have no label, "
-            f"such as {bare[0].name}: add rows for them, or move them away"
+            f"{table} labels {len(label_of)} pictures, and {len(unlabelled)} beside them have no "
+            f"label, such as {unlabelled[0].name}: add rows for them, or move them away"
         )
     if missing:
         passed_over[f"rows of {table.name} that name no picture"] += missing
-    others = len(pictures) - len(labelled)
-    if others:
-        passed_over[f"pictures elsewhere that {table.name} does not label"] += others
-    return {label: sorted(paths) for label, paths in classes.items()}, f"{folder}, by {table.name}"
+    if len(pictures) > len(label_of):
+        others = len(pictures) - len(label_of)
+        passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
+    classes = {}
+    for path, label in sorted(label_of.items()):
+        classes.setdefault(label, []).append(path)
+    return classes, f"{folder}, labelled by {table.name}"
+
+
+def has_word(text, words):
+    """Whether one of the words is in a text such as Training_set."""
+    return any(word in words for word in re.split(r"[\W_]+", text.casefold()))
+
+
+def is_in(path, folder, names):
+    """Whether a path below the folder leads through a folder of one of these names."""
+    return any(part.casefold() in names for part in path.relative_to(folder).parts[:-1])
 
 
 def read_table(path):
-    """{file: label} of a CSV file, or {} if it has no such columns."""
+    """{file: label} of a CSV file, or {} if it has no such columns. Raises UserError if it gives a
+    file two labels."""
     try:
-        text = path.read_text("utf-8-sig")
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252", errors="replace")  # from older spreadsheets
         header = text.partition("\n")[0]
         delimiter = max(",;\t", key=header.count)
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (OSError, ValueError, csv.Error):
         return {}
     columns = {}
-    for column in (rows[0] if rows else {}).keys() - {None}:
-        columns[column.casefold().replace("_", "").replace(" ", "")] = column
+    for column in rows[0] if rows else []:
+        if column is not None:  # which stands for cells beyond the last column
+            columns[column.casefold().replace("_", "").replace(" ", "")] = column
     files = [columns[name] for name in FILE_COLUMNS if name in columns]
     labels = [columns[name] for name in LABEL_COLUMNS if name in columns]
     if files and not labels and len(columns) == 2:
-        (other,) = (column for column in columns.values() if column != files[0])
-        labels = [other] if repeat([row[other] for row in rows]) else []
+        others = [column for column in columns.values() if column != files[0]]
+        labels = others if are_classes([row[others[0]] for row in rows]) else []
     if not files or not labels:
         return {}
     table = {}
     for row in rows:
         file, label = row[files[0]], row[labels[0]]
-        if file and label:
-            table[str(PurePosixPath(file.strip().replace("\\", "/")))] = label.strip()
+        if not file or not label:
+            continue
+        file = str(PurePosixPath(file.strip().replace("\\", "/")))
+        if table.setdefault(file, label.strip()) != label.strip():
+            raise UserError(f"{path} gives {file} two labels: nanoDiT takes one per picture")
     return table
 
 
@@ -341,15 +392,15 @@ def read_picture(file, image_size):
     """
     try:
         with Image.open(file) as image:
-            # A JPEG can be decoded at a half, a quarter or an eighth of its size. Twice of what is
-            # needed leaves the rest to a better filter.
-            format = image.format
+            # A JPEG can be decoded at a half, a quarter or an eighth of its size. Decoding at twice
+            # the needed size leaves the rest to a better filter.
+            format_name = image.format
             image.draft(None, (2 * image_size, 2 * image_size))
             image = ImageOps.exif_transpose(image)  # decodes it, too
     except BROKEN_PICTURE:
         return None
     if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(image, format)
+        image = to_8_bits(image, format_name)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -358,24 +409,30 @@ def read_picture(file, image_size):
     return pil_to_tensor(image)
 
 
-def to_8_bits(image, format):
-    """A grey picture of 16 or 32 bits, or of floats, which convert("L") would clip: what it shows.
+def to_8_bits(image, format_name):
+    """A grey picture of 16 or 32 bits, or of floats, as it is meant to look: convert("L") would
+    clip it to white.
 
-    Floats from 0 to 1, and whole numbers up to 255 or 65,535, are scaled as such; otherwise the
-    darkest value becomes black and the brightest white.
+    16-bit formats are scaled as such; likewise floats from about 0 to 1, and numbers up to 255 or
+    65,535. Otherwise the darkest value becomes black and the brightest white.
     """
-    is_float, full_range = image.mode == "F", None
-    if image.mode.startswith("I;") or (image.mode == "I" and format in ("PNG", "PPM")):
-        image, full_range = image.convert("I"), 65535  # of 16 bits
-    values = pil_to_tensor(image).float()
-    values = values.nan_to_num(posinf=0, neginf=0)
-    low, high = (value.item() for value in values.aminmax())
-    if full_range is None and low >= 0:
-        limits = [1, 255, 65535] if is_float else [255, 65535]
-        full_range = next((limit for limit in limits if high <= limit), None)
-    if full_range is None:
-        values, full_range = values - low, max(high - low, 1e-9)
-    return to_pil_image((values / full_range * 255).round().to(torch.uint8))
+    if image.mode.startswith("I;") or (image.mode == "I" and format_name in ("PNG", "PPM")):
+        return scaled(image.convert("I"), 0, 65535)
+    values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
+    low, high = values.min().item(), values.max().item()
+    if image.mode == "F" and low >= -0.1 and high <= 1.1:  # filters overshoot
+        return scaled(image, 0, 1)
+    for limit in (255, 65535):
+        if low >= 0 and high <= limit:
+            return scaled(image, 0, limit)
+    return scaled(image, low, high)
+
+
+def scaled(image, black, white):
+    """A grey picture in 8 bits, where `black` becomes 0 and `white` 255."""
+    values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
+    values = (values - black) / max(white - black, 1e-9)
+    return to_pil_image((values.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 # The Hub
@@ -385,31 +442,33 @@ def load_from_hub(name, image_size):
     """A data set on the Hub: pictures in folders, or files that the `datasets` library reads."""
     hint = f"no data set at {name}; try --preset laptop, or --dataset FOLDER"
     files = [PurePosixPath(file) for file in list_files(name)]
-    if is_packed(files):
+    if is_packed(files) or (files and not pictures_among(files)):
         return load_with_datasets(name, image_size)
 
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
-    skipped = []
-    if "train" in map(str.casefold, tops):
-        skipped = [f"{top}/*" for top in tops if top.casefold() in HELD_OUT_SPLITS]
-    return load_images(
-        download(name, hint, repo_type="dataset", ignore_patterns=skipped), image_size
-    )
+    ignored = []
+    if any(top.casefold() in TRAINING_SPLITS for top in tops):
+        ignored = [f"{top}/*" for top in tops if top.casefold() in HELD_OUT_SPLITS]
+    folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
+    images, labels, class_names = load_images(folder, image_size)
+    if class_names == [folder.resolve().name]:  # the commit, after which the cache names folders
+        class_names = [name.rpartition("/")[2]]
+    return images, labels, class_names
 
 
 def is_packed(files):
-    """Whether the pictures of a data set are inside of other files. A few pictures beside parquet
+    """Whether the pictures of a data set are inside other files. A few pictures beside parquet
     files are documentation."""
     pictures = pictures_among(files)
-    parquet = [file for file in files if ending(file) == ".parquet"]
+    parquet = [file for file in files if suffix(file) == ".parquet"]
     if parquet:
         return len(pictures) < 10 * len(parquet)
-    return not pictures and any(ending(file) in PACKED for file in files)
+    return not pictures and any(suffix(file) in PACKED for file in files)
 
 
 def load_with_datasets(name, image_size):
     """The pictures of the split "train", by the `datasets` library: of the first column that holds
-    images, labelled by the first that holds labels. Raises UserError if there is no such thing."""
+    images, labelled by the first that holds labels. Raises UserError if it cannot be read."""
     try:
         import datasets
         import fsspec  # comes with it
@@ -458,7 +517,7 @@ def load_with_datasets(name, image_size):
     used = {labels[row] for row in kept}
     if len(kept) < len(pictures):
         skipped = len(pictures) - len(kept)
-        say(f"skipped {skipped} rows without a picture or a label", file=sys.stderr)
+        print_once(f"skipped {skipped} rows without a picture or a label", file=sys.stderr)
     if not kept:
         raise UserError(f"no picture of {name} can be read")
     if isinstance(features.get(label_column), datasets.ClassLabel):
@@ -468,7 +527,7 @@ def load_with_datasets(name, image_size):
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     order = sorted(kept, key=lambda row: label_of[labels[row]])  # by class, like load_images
     by_label = f"labels: {label_column}" if label_column else "no labels: one class"
-    say(f"pictures from {name}, split train (pictures: {columns[0]}; {by_label})")
+    print_once(f"pictures from {name}, split train (pictures: {columns[0]}; {by_label})")
     images = torch.stack([pictures[row] for row in order])
     return images, torch.tensor([label_of[labels[row]] for row in order]), class_names
 
@@ -486,13 +545,13 @@ def find_label_column(datasets, dataset):
             strings.append(column)
     for column in strings:
         values = dataset[column][:]
-        if repeat(values):
+        if are_classes(values):
             return column, values
     return None, None
 
 
-def repeat(values):
-    """Whether values are few enough to be classes: captions and names of files are not."""
+def are_classes(values):
+    """Whether values are few enough to be classes: captions and file names are not."""
     return len(set(values)) <= 0.7 * len(values)
 
 

@@ -34,7 +34,7 @@ def classes(folder):
 # Layouts
 
 
-@pytest.mark.parametrize("others", [["test"], ["Valid", "TEST"], ["validation"], ["val"]])
+@pytest.mark.parametrize("others", [["test"], ["Valid", "TEST"], ["validation"], ["testing"]])
 def test_of_splits_train_is_taken(tmp_path, capsys, others):
     tree(tmp_path / "Train", ["fish", "star"])
     for other in others:
@@ -42,7 +42,7 @@ def test_of_splits_train_is_taken(tmp_path, capsys, others):
     assert classes(tmp_path) == {"fish": 2, "star": 2}
     out, err = capsys.readouterr()
     assert f"pictures from {tmp_path / 'Train'}" in out
-    assert all(f"3 pictures of the split {other}" in err for other in others)
+    assert all(f"3 pictures in {other}, beside the split Train" in err for other in others)
 
 
 def test_train_alone_is_a_wrapper_and_without_splits_a_class(tmp_path):
@@ -94,8 +94,15 @@ def test_what_systems_and_runs_leave_is_no_class(trained, tmp_path, capsys):
     assert classes(tmp_path) == {"fish": 2, "star": 2}
     err = capsys.readouterr().err
     for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN"):
-        assert f"1 folder of the system ({name})" in err
-    assert "1 folder of a run (out)" in err and "1 folder of a run (samples)" in err
+        assert f"1 system folder ({name})" in err
+    assert "1 run folder (out)" in err and "1 run folder (samples)" in err
+
+
+def test_numbered_classes_are_printed_with_their_ids(tmp_path):
+    tree(tmp_path / "d", map(str, range(12)), files=["0.png"])
+    few = [*SMALL, "--steps", 1, "--batch-size", 4]
+    out, _ = call("train.py", *few, "--dataset", "d", cwd=tmp_path)
+    assert "classes: 0 0, 1 1, 2 10, ..., 9 7, 10 8, 11 9" in out  # sorted as text
 
 
 def test_training_in_the_folder_of_the_pictures(tmp_path):
@@ -106,7 +113,34 @@ def test_training_in_the_folder_of_the_pictures(tmp_path):
     out, err = call("train.py", *few, "--dataset", ".", "--overwrite", cwd=tmp_path)
     assert "2 classes, 8 pictures, 1 of them held out" in out
     assert "classes: 0 fish, 1 star" in out and "pictures from ." in out
-    assert "1 folder of a run (out)" in err
+    assert "1 run folder (out)" in err
+
+
+def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
+    tree(tmp_path / "elsewhere", ["fish", "star/old"])
+    (tmp_path / "d").mkdir()
+    for name in ("fish", "star"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "star" / "again").symlink_to(tmp_path / "elsewhere" / "star")
+    assert classes(tmp_path / "d") == {"fish": 2, "star": 2}
+
+
+def test_classes_may_keep_their_pictures_in_a_folder_called_samples(tmp_path):
+    tree(tmp_path, ["fish/samples", "star/samples"])
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+
+
+def test_many_pictures_beside_one_folder_are_two_readings(tmp_path):
+    save(*(tmp_path / f"{n}.png" for n in range(3)), tmp_path / "edited" / "0.png")
+    with pytest.raises(UserError, match="3 pictures beside the folder edited"):
+        load_images(tmp_path, 16)
+
+
+def test_a_folder_without_pictures_beside_loose_ones_is_no_class(tmp_path):
+    save(*(tmp_path / "photos" / f"{n}.png" for n in range(3)))
+    (tmp_path / "photos" / "notes").mkdir()
+    (tmp_path / "photos" / "notes" / "todo.txt").write_text("sort them")
+    assert classes(tmp_path / "photos") == {"photos": 3}
 
 
 # Labels in a CSV file
@@ -125,8 +159,8 @@ def test_the_labels_of_kaggle_butterflies(tmp_path, capsys):
     kaggle(tmp_path, ["MONARCH", "RED ADMIRAL", "MONARCH", "MONARCH", "RED ADMIRAL"])
     assert classes(tmp_path) == {"MONARCH": 3, "RED ADMIRAL": 2}
     out, err = capsys.readouterr()
-    assert f"pictures from {tmp_path}, by Training_set.csv" in out
-    assert "2 pictures elsewhere that Training_set.csv does not label" in err
+    assert f"pictures from {tmp_path}, labelled by Training_set.csv" in out
+    assert "2 pictures elsewhere than those that Training_set.csv labels" in err
 
 
 @pytest.mark.parametrize(
@@ -165,7 +199,7 @@ def test_a_table_that_says_what_the_folders_say(tmp_path):
 def test_tables_about_something_else_are_no_labels(tmp_path):
     tree(tmp_path, ["fish", "star"])
     (tmp_path / "prices.csv").write_text("label,price\nfish,3\n")
-    (tmp_path / "people.csv").write_text("file,name\nletter.doc,Ada\nother.doc,Ada\n")
+    (tmp_path / "people.csv").write_text("file,label\nletter.doc,Ada\nother.doc,Ada\n")
     (tmp_path / "broken.csv").write_bytes(b"\xff\xfe\x00\x01 file,label\n\x00")
     (tmp_path / "empty.csv").write_text("")
     assert classes(tmp_path) == {"fish": 2, "star": 2}
@@ -201,6 +235,43 @@ def test_rows_without_a_picture_are_counted(tmp_path, capsys):
     assert "1 rows of Training_set.csv that name no picture" in capsys.readouterr().err
 
 
+def test_a_table_of_all_splits_is_taken_for_train(tmp_path):
+    save(*(tmp_path / split / f"{split}{n}.jpg" for split in ("Train", "Test") for n in range(2)))
+    rows = "".join(f"{s}/{s}{n}.jpg,{'ab'[n]}\n" for s in ("Train", "Test") for n in range(2))
+    (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
+    assert classes(tmp_path) == {"a": 1, "b": 1}
+
+
+def test_the_same_names_in_two_splits(tmp_path):
+    folder = tmp_path / "train" / "birds"  # whose own path has a "train" in it
+    kaggle(folder, ["a", "b", "a"], test=3)
+    assert classes(folder) == {"a": 2, "b": 1}
+
+
+def test_tables_that_a_spreadsheet_wrote_or_that_are_hidden(tmp_path):
+    save(*(tmp_path / f"{n}.jpg" for n in range(3)))
+    (tmp_path / "Labels.CSV").write_bytes(
+        "file;label\n0.jpg;é\n1.jpg;b\n2.jpg;é\n".encode("cp1252")
+    )
+    (tmp_path / "._labels.csv").write_text("file,label\n0.jpg,x\n")
+    assert classes(tmp_path) == {"b": 1, "é": 2}
+
+
+def test_two_labels_for_one_picture_are_refused(tmp_path):
+    save(tmp_path / "0.jpg", tmp_path / "1.jpg")
+    (tmp_path / "labels.csv").write_text("file,label\n0.jpg,a\n1.jpg,b\n0.jpg,b\n")
+    with pytest.raises(UserError, match="gives 0.jpg two labels"):
+        load_images(tmp_path, 16)
+
+
+def test_two_tables_for_training_are_refused(tmp_path):
+    save(tmp_path / "0.jpg", tmp_path / "1.jpg")
+    for name in ("train.csv", "train_labels.csv"):
+        (tmp_path / name).write_text("file,label\n0.jpg,a\n1.jpg,b\n")
+    with pytest.raises(UserError, match="several CSV files"):
+        load_images(tmp_path, 16)
+
+
 # Formats
 
 
@@ -232,7 +303,7 @@ def test_endings_that_are_no_pictures_are_counted(tmp_path, capsys):
     line = capsys.readouterr().err
     for text in ("2 .txt", "1 .heic (readable after pip install pillow-heif)", "1 .svg"):
         assert text in line
-    assert "1 files without an ending" in line and line.count("passed over") == 1
+    assert "1 without a suffix" in line and line.count("passed over") == 1
 
 
 def grey(tmp_path, name, values, mode):
@@ -266,6 +337,7 @@ def grey(tmp_path, name, values, mode):
         ("words.tif", (16448, 49344), "int32", (64, 192)),
         ("wide.tif", (-100000, 300000), "int32", (0, 255)),
         ("unit.tif", (0.25, 0.75), "float32", (64, 191)),
+        ("overshoot.tif", (-0.02, 1.03), "float32", (0, 255)),
         ("float.tif", (64, 192), "float32", (64, 192)),
         ("heights.tif", (-12.5, 8848.5), "float32", (0, 255)),
         ("flat.tif", (-3, -3), "float32", (0, 0)),

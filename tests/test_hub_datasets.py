@@ -159,3 +159,14 @@ def test_of_folders_on_the_hub_train_alone_is_downloaded(tmp_path):
     assert "2 classes, 8 pictures" in out
     assert any("train/a" in path for path in hub.asked)
     assert not any("test/a" in path for path in hub.asked)
+
+
+def test_a_flat_repository_is_a_class_of_its_own_name(tmp_path):
+    (tmp_path / "repository").mkdir()
+    for n in range(5):
+        solid(n).save(tmp_path / "repository" / f"{n}.png")
+    few = [*SMALL, "--steps", 2, "--batch-size", 4, "--dataset", "you/pictures"]
+    with Hub({"datasets/you/pictures": tmp_path / "repository"}) as hub:
+        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        call("train.py", *few, cwd=tmp_path, **extra)
+    assert DiT.from_pretrained(tmp_path / "out").class_names == ["pictures"]
