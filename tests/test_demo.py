@@ -1,0 +1,98 @@
+"""experiments/demo.py in a real browser: Chromium, without a window. Skipped where gradio,
+playwright or Chromium is missing; none of them is a requirement."""
+
+import io
+import shutil
+import socket
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import ROOT, refused, start
+from PIL import Image
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+LAPTOP = ROOT / "assets" / "laptop"
+
+
+def test_a_bad_checkpoint_or_a_missing_gradio_is_one_line(tmp_path):
+    line = refused("experiments/demo.py", "--checkpoint", tmp_path, cwd=tmp_path)
+    assert str(tmp_path) in line
+    (tmp_path / "gradio.py").write_text("raise ImportError")
+    extra = {"PYTHONPATH": str(tmp_path)}
+    line = refused("experiments/demo.py", "--checkpoint", LAPTOP, cwd=tmp_path, **extra)
+    assert "pip install gradio" in line
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The demo with the laptop's network, open in Chromium."""
+    pytest.importorskip("gradio", reason="needs pip install gradio")
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    port = free_port()
+    flags = ["--checkpoint", LAPTOP, "--port", port, "--device", "cpu"]
+    process = start("experiments/demo.py", *flags, cwd=tmp_path)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert process.poll() is None, process.communicate()
+            try:
+                urllib.request.urlopen(url, timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        with api.sync_playwright() as playwright:
+            options = ["--no-sandbox"]  # Chromium refuses its sandbox to root
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.goto(url)
+            yield page
+            browser.close()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def sampled(page):
+    """Click, wait until the picture stays as it is, and return its pixels."""
+    page.get_by_role("button", name="Sample").click()
+    seen, unchanged = None, 0
+    while unchanged < 8:
+        time.sleep(0.25)
+        images = page.locator("img[src*='/file=']")
+        now = images.first.get_attribute("src") if images.count() else None
+        unchanged = unchanged + 1 if now and now == seen else 0
+        seen = now
+    content = page.request.get(seen).body()
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes()))
+
+
+def choose(page, label, value):
+    field = page.get_by_label(label, exact=True).first
+    field.click()
+    field.fill(value)
+    field.press("Enter")
+    page.keyboard.press("Tab")
+
+
+def test_the_page_samples_what_is_chosen(page):
+    first = sampled(page)
+    assert torch.equal(sampled(page), first)  # the same seed
+    choose(page, "class", "yellow-spots-tailed")
+    other_class = sampled(page)
+    assert other_class.shape == first.shape and not torch.equal(other_class, first)
+    text = page.locator(".cm-content").inner_text()
+    assert "--class-id 74 " in text and "--num-images 4" in text and "--seed 0" in text
+    choose(page, "seed", "5")
+    assert not torch.equal(sampled(page), other_class)
+    assert "--seed 5" in page.locator(".cm-content").inner_text()
