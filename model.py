@@ -17,7 +17,9 @@ import contextlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin
+
+import hub
 
 # v = (z_t - x) / t magnifies an error in x by 1/t, so training draws no t below this. Sampling may
 # go lower: to the network, every smaller t looks like this one.
@@ -117,6 +119,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.class_names = list(class_names)
         self.dataset = dataset
         self.cfg_scale = cfg_scale
+        self.folder = None  # the one that it was loaded from
         self.num_classes = len(class_names)  # also the id of the null class: "no class given"
 
         self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
@@ -176,21 +179,18 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         if "class_names" not in kwargs:
             raise UserError(f"{model_id} has no config.json of a nanoDiT model")
         with contextlib.redirect_stdout(None):
-            # Older versions of the mixin leave it in training mode.
-            return super()._from_pretrained(model_id=model_id, strict=strict, **kwargs).eval()
+            model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
+        model.folder = model_id
+        return model.eval()  # older versions of the mixin leave it in training mode
+
+    def _save_pretrained(self, save_directory):
+        """Like the mixin's, and a grid of samples if this is the model of a run."""
+        super()._save_pretrained(save_directory)
+        hub.copy_grid(self.folder, save_directory)
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""
-        millions = sum(weight.numel() for weight in self.parameters()) / 1e6
-        return ModelCard(f"""---
-library_name: nanodit
-license: mit
-tags: [rectified-flow, dit]
----
-A class-conditional diffusion transformer on pixels, trained by nanoDiT on {self.dataset}:
-{self.num_classes} classes, {self.image_size}x{self.image_size} pixels, {millions:.2f} M parameters.
-To sample from it: `python sample.py --checkpoint <the id of this repository> --class-id 0`
-""")
+        return hub.make_card(self, self.folder)
 
 
 def check_sizes(image_size, patch_size, dim, depth, heads):

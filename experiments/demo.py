@@ -94,7 +94,9 @@ def build_page(model, checkpoint):
                 button = gradio.Button("Sample", variant="primary")
             with gradio.Column(scale=2):
                 grid = gradio.Image(label="pictures", type="pil", format="png", interactive=False)
-                line = gradio.Code(label="the same on the command line", language="shell")
+                line = gradio.Code(
+                    label="the same on the command line", language="shell", wrap_lines=True
+                )
         button.click(on_click, [class_id, count, steps, guidance, seed], [grid, line])
     return page
 

@@ -1,12 +1,16 @@
 """The Hub's format and its traps, and downloads from a small server on the loopback address."""
 
+import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SMALL, call, refused
+from conftest import ROOT, SMALL, call, environment, refused
 from hub_server import Hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import train
@@ -88,7 +92,7 @@ def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
 def test_the_card_says_dataset_size_and_how_to_sample(tmp_path):
     make().save_pretrained(tmp_path)  # push_to_hub uploads just these files
     card = (tmp_path / "README.md").read_text()
-    assert "my pictures" in card and "3 classes" in card
+    assert "my pictures" in card and "3\nclasses" in card
     millions = sum(p.numel() for p in make().parameters()) / 1e6
     assert f"{millions:.2f} M parameters" in card
     assert "sample.py --checkpoint" in card
@@ -138,3 +142,41 @@ def test_a_model_that_the_hub_does_not_have(tmp_path):
         extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
         line = refused("sample.py", "--checkpoint", "someone/nothing", cwd=tmp_path, **extra)
     assert "someone/nothing" in line
+
+
+PUSH = "import sys; sys.path.insert(0, sys.argv[1]); from model import DiT; "
+PUSH += "DiT.from_pretrained('out').push_to_hub('you/butterflies', token='hf_secret')"
+
+
+def test_what_is_pushed_samples_the_same_and_has_a_card(trained, tmp_path):
+    home = {"HF_HOME": str(tmp_path / "home")}
+    few = ["--steps", 2, "--class-id", 1, "--output"]
+    with Hub({"you/butterflies": tmp_path / "you" / "butterflies"}, uploads=tmp_path) as hub:
+        command = [sys.executable, "-c", PUSH, str(ROOT)]
+        extra = environment(HF_ENDPOINT=hub.url, **home)
+        subprocess.run(command, cwd=trained, env=extra, check=True, capture_output=True)
+        pushed = {path.name for path in (tmp_path / "you" / "butterflies").iterdir()}
+        assert pushed >= {"config.json", "model.safetensors", "README.md", "grid.png"}
+        assert "train_state.pt" not in pushed
+        flags = ["--checkpoint", "you/butterflies", *few, tmp_path / "hub.png"]
+        call("sample.py", *flags, cwd=tmp_path, HF_ENDPOINT=hub.url, **home)
+    call("sample.py", *few, tmp_path / "local.png", cwd=trained)
+    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "local.png").read_bytes()
+
+    grid = (tmp_path / "you" / "butterflies" / "grid.png").read_bytes()
+    assert grid == (trained / "out" / "samples" / "step-000030.png").read_bytes()
+    card = ModelCard.load(tmp_path / "you" / "butterflies" / "README.md")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.library_name == "nanodit" and card.data.license == "mit"
+    assert card.data.widget[0]["output"]["url"] == "grid.png"
+    with open(trained / "out" / "log.csv") as file:
+        loss = float(list(csv.DictReader(file))[-1]["val_loss"])
+    assert f"After 30 steps the held-out loss was {loss:.4f}." in card.content
+    assert "trained by nanoDiT on pictures: 3\nclasses" in card.content
+
+
+def test_a_card_without_a_run_names_no_picture(tmp_path):
+    make().save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "grid.png" not in card.content and "held-out" not in card.content
+    assert not (tmp_path / "grid.png").exists()

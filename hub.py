@@ -1,0 +1,70 @@
+"""What the Hub shows of a trained network: its card, and a grid of samples beside it."""
+
+import csv
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+CARD = """---
+library_name: nanodit
+license: mit
+pipeline_tag: unconditional-image-generation
+tags: [rectified-flow, diffusion-transformer, dit, image-generation]
+{widget}---
+# {name}
+
+A class-conditional diffusion transformer on pixels, trained by nanoDiT on {dataset}: {classes}
+classes, {size}x{size} pixels, {millions:.2f} M parameters.{figures}
+{picture}
+To sample from it: `python sample.py --checkpoint <the id of this repository> --class-id 0`
+"""
+
+WIDGET = """widget:
+- text: samples
+  output:
+    url: grid.png
+"""
+
+
+def make_card(model, folder):
+    """The README.md of a model. folder: of the run that it was loaded from, or None; a run has
+    figures of its own, and grids of samples."""
+    has_grid = last_grid(folder) is not None
+    text = CARD.format(
+        widget=WIDGET if has_grid else "",
+        name=Path(model.dataset).name or "nanoDiT",
+        dataset=model.dataset,
+        classes=model.num_classes,
+        size=model.image_size,
+        millions=sum(weight.numel() for weight in model.parameters()) / 1e6,
+        figures=last_figures(folder),
+        picture="\n![samples](grid.png)\n" if has_grid else "",
+    )
+    return ModelCard(text)
+
+
+def last_grid(folder):
+    """The newest grid of a run, or None."""
+    grids = sorted(Path(folder, "samples").glob("step-*.png")) if folder else []
+    return grids[-1] if grids else None
+
+
+def last_figures(folder):
+    """The last row of a run's log, as a sentence; nothing without a log."""
+    log = Path(folder or "", "log.csv")
+    if folder is None or not log.is_file():
+        return ""
+    with open(log, encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return ""
+    row = rows[-1]
+    return f"\nAfter {int(row['step']):,} steps the held-out loss was {float(row['val_loss']):.4f}."
+
+
+def copy_grid(folder, destination):
+    """Put the newest grid of a run beside the weights, where the card shows it."""
+    grid = last_grid(folder)
+    if grid is not None:
+        shutil.copyfile(grid, Path(destination, "grid.png"))
