@@ -119,8 +119,8 @@ def load_images(folder, image_size):
     if broken:
         listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
         print_once(f"skipped {len(broken)} pictures that cannot be read: {listed}", file=sys.stderr)
-    if passed_over:
-        listed = [describe(kind, count) for kind, count in sorted(passed_over.items())]
+    listed = [describe(kind, count) for kind, count in sorted(passed_over.items()) if count]
+    if listed:
         print_once(f"passed over: {', '.join(listed)}", file=sys.stderr)
     if not labels:
         raise UserError(f"no pictures in {folder}: it should hold one folder of pictures per class")
@@ -173,10 +173,8 @@ def find_classes(folder, passed_over):
     if len(train) == 1 and held_out:
         for entry in folders:
             if entry != train[0]:
-                others = pictures_among(files_below(entry, Counter()))
-                passed_over[f"pictures in {entry.name}, beside the split {train[0].name}"] += len(
-                    others
-                )
+                kind = f"pictures in {entry.name}, beside the split {train[0].name}"
+                passed_over[kind] += len(pictures_among(files_below(entry, Counter())))
         classes, source = find_classes(train[0], passed_over)
         return classes, f"{source}, the split for training"
 
