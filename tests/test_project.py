@@ -162,6 +162,27 @@ def test_the_model_that_comes_along_paints_the_colour_that_its_class_says(tmp_pa
         assert nearest == colour
 
 
+def test_a_network_in_half_precision_is_half_as_large_and_samples_the_same(trained, tmp_path):
+    flags = [trained / "out", tmp_path / "half", "--cfg-scale", 2.5]
+    call("experiments/shrink.py", *flags, cwd=tmp_path)
+    sizes = [
+        (folder / "model.safetensors").stat().st_size
+        for folder in (tmp_path / "half", trained / "out")
+    ]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert DiT.from_pretrained(tmp_path / "half").cfg_scale == 2.5
+    assert "![samples](grid.png)" in (tmp_path / "half" / "README.md").read_text()
+    pictures = []
+    for folder in (tmp_path / "half", trained / "out"):
+        run = ["--checkpoint", folder, "--class-id", 1, "--cfg-scale", 2.5, "--steps", 5]
+        output = tmp_path / f"{len(pictures)}.png"
+        call("sample.py", *run, "--output", output, "--device", "cpu", cwd=tmp_path)
+        with Image.open(output) as image:
+            pictures.append(pil_to_tensor(image).float())
+    assert (pictures[0] - pictures[1]).abs().mean() < 2
+    assert "exists" in refused("experiments/shrink.py", *flags, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])
 def test_a_page_names_files_that_exist(page):
     text = (ROOT / page).read_text("utf-8")
