@@ -101,6 +101,7 @@ SMALL = {  # photographs, and a network that two CPU cores train in two hours
     "STEPS": 45000,
     "BATCH_SIZE": 32,
     "LEARNING_RATE": 2e-3,
+    "CFG_SCALE": 5.0,
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 

@@ -162,6 +162,20 @@ def test_the_model_that_comes_along_paints_the_colour_that_its_class_says(tmp_pa
         assert nearest == colour
 
 
+def test_the_real_butterflies_that_come_along_are_of_their_species(tmp_path):
+    folder = ROOT / "assets" / "butterflies"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12_000_000
+    colours = {}
+    for name in ("MONARCH", "BLUE MORPHO"):
+        flags = ["--checkpoint", folder, "--class-name", name, "--num-images", 8, "--steps", 10]
+        call("sample.py", *flags, "--output", tmp_path / "row.png", cwd=tmp_path)
+        with Image.open(tmp_path / "row.png") as image:
+            assert image.size == (8 * 66 + 2, 66 + 2)
+            colours[name] = pil_to_tensor(image).float().mean((1, 2))
+    (red, _, blue), (other_red, _, other_blue) = colours.values()
+    assert red - blue > other_red - other_blue + 20  # orange wings, and blue ones
+
+
 def test_a_network_in_half_precision_is_half_as_large_and_samples_the_same(trained, tmp_path):
     flags = [trained / "out", tmp_path / "half", "--cfg-scale", 2.5]
     call("experiments/shrink.py", *flags, cwd=tmp_path)
