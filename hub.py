@@ -12,7 +12,7 @@ license: mit
 pipeline_tag: unconditional-image-generation
 tags: [rectified-flow, diffusion-transformer, dit, image-generation]
 {widget}---
-# {name}
+# nanoDiT
 
 A class-conditional diffusion transformer on pixels, trained by nanoDiT on {dataset}: {classes}
 classes, {size}x{size} pixels, {millions:.2f} M parameters.{figures}
@@ -33,7 +33,6 @@ def make_card(model, folder):
     has_grid = last_grid(folder) is not None
     text = CARD.format(
         widget=WIDGET if has_grid else "",
-        name=Path(model.dataset).name or "nanoDiT",
         dataset=model.dataset,
         classes=model.num_classes,
         size=model.image_size,
