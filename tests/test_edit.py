@@ -237,7 +237,7 @@ BUGS = {
     ),
     "a ValueError in the model card": (
         "model.py",
-        "        millions = sum(weight.numel() for weight in self.parameters()) / 1e6\n",
+        '        """The README.md that save_pretrained and push_to_hub write beside the weights."""\n',
         "planted = int('many')",
         "ValueError",
     ),

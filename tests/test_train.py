@@ -70,7 +70,7 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
     out, _ = call("train.py", *SMALL, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
     assert "3 classes, 21 pictures, 2 of them held out" in out
     assert "M parameters" in out and "GFLOP per image" in out and "cpu" in out
-    assert "blue-plain-pointed, red-eyes-pointed, yellow-spots-tailed" in out
+    assert "0 blue-plain-pointed, 1 red-eyes-pointed, 2 yellow-spots-tailed" in out
 
 
 def test_without_the_hub_a_default_run_says_how_to_go_on(tmp_path):
