@@ -236,8 +236,8 @@ BUGS = {
         "RuntimeError",
     ),
     "a ValueError in the model card": (
-        "model.py",
-        '        """The README.md that save_pretrained and push_to_hub write beside the weights."""\n',
+        "hub.py",
+        "    has_grid = last_grid(folder) is not None\n",
         "planted = int('many')",
         "ValueError",
     ),
