@@ -20,11 +20,6 @@ SMALL = "--image-size 16 --patch-size 4 --dim 16 --depth 1 --heads 2 --device cp
 SMALL += ["--precision", "fp32"]  # the same on every CPU
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Two workers for a core: tests of whole runs spend half of their time waiting."""
-    return 2 * (os.cpu_count() or 1)
-
-
 # Windows has no signals that a process could catch, no such limits, and no torchrun without libuv.
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals and processes of POSIX")
 
