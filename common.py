@@ -376,8 +376,11 @@ def replace(source, target):
     return source.replace(target)
 
 
-def warn_of_held_file(path, error, then):
-    """Say that a file could not be written, and what happens instead."""
+def raise_unless_held(error, message, path, required, then):
+    """Raise UserError with the message, because of an error in writing. If the path is not required
+    and another program may hold it, there is only a warning, which says what happens then."""
+    if required or not isinstance(error, PermissionError):
+        raise UserError(f"{message}: {error}") from error
     print(f"warning: is {path} open in another program? {then} ({error})", file=sys.stderr)
 
 
@@ -390,9 +393,7 @@ def write_beside(path, write, required=True):
         write(beside)
         replace(beside, path)
     except OSError as error:
-        if required or not isinstance(error, PermissionError):
-            raise UserError(f"cannot write {path}: {error}") from error
-        warn_of_held_file(path, error, "It stays as it was.")
+        raise_unless_held(error, f"cannot write {path}", path, required, "It stays as it was.")
 
 
 def save_picture(image, path, required=True, **options):
@@ -433,12 +434,11 @@ def find_class(name, class_names):
     def normal(text):
         return unicodedata.normalize("NFC", text)
 
-    exact, similar = [], []
-    for class_id, class_name in enumerate(class_names):
-        if normal(class_name) == normal(name):
-            exact.append(class_id)
-        if normal(normal(class_name).casefold()) == normal(normal(name).casefold()):
-            similar.append(class_id)
+    def caseless(text):
+        return normal(normal(text).casefold())
+
+    exact = [i for i, known in enumerate(class_names) if normal(known) == normal(name)]
+    similar = [i for i, known in enumerate(class_names) if caseless(known) == caseless(name)]
     matches = exact if len(exact) == 1 else similar
     if not matches:
         raise UserError(f'--class-name "{name}" is not a class of this model: --list-classes')
@@ -502,10 +502,9 @@ class Log:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self.waiting))
             self.waiting = []
-        except PermissionError as error:
-            warn_of_held_file(self.path, error, "Its rows will be written with the next.")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}") from error
+            then = "Its rows will be written with the next."
+            raise_unless_held(error, f"cannot write {self.path}", self.path, False, then)
 
 
 def download(repo_id, what, **options):
@@ -579,12 +578,9 @@ def write_checkpoint(out, ema, state, required=True):
             replace(staging / name, path)
         shutil.rmtree(staging, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if required or not isinstance(error, PermissionError):
-            message = f"cannot write to {out}, which keeps its last checkpoint: {error}"
-            raise UserError(message) from error
-        warn_of_held_file(
-            path, error, "Training goes on, and the next checkpoint is tried as usual."
-        )
+        message = f"cannot write to {out}, which keeps its last checkpoint"
+        then = "Training goes on, and the next checkpoint is tried as usual."
+        raise_unless_held(error, message, path, required, then)
 
 
 def load_state(path):

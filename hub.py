@@ -51,10 +51,9 @@ def last_grid(folder):
 
 def last_figures(folder):
     """The last row of a run's log, as a sentence; nothing without a log."""
-    log = Path(folder or "", "log.csv")
-    if folder is None or not log.is_file():
+    if folder is None or not Path(folder, "log.csv").is_file():
         return ""
-    with open(log, encoding="utf-8") as file:
+    with open(Path(folder, "log.csv"), encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return ""

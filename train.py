@@ -317,7 +317,7 @@ def train(options, flags):
     val_images, val_labels = train_images, train_labels
     if is_val.any():  # otherwise there are too few pictures to hold any out
         val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
-    pictures = labels.bincount().tolist()  # of each class
+    class_sizes = labels.bincount().tolist()
     del images, labels  # both parts are copies
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
@@ -327,9 +327,9 @@ def train(options, flags):
         common.load_initial_weights(options["init_from"], model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-    progress = {"step": 0, "seconds": 0.0, "losses": [], "pictures": pictures}
+    progress = {"step": 0, "seconds": 0.0, "losses": [], "pictures": class_sizes}
     if state:
-        common.restore_state(state, model, ema, optimizer, pictures)
+        common.restore_state(state, model, ema, optimizer, class_sizes)
         progress |= {name: state[name] for name in ("step", "seconds", "losses")}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log

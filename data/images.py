@@ -226,11 +226,13 @@ def list_folder(folder, passed_over):
             continue
         if entry.is_file():
             files.append(entry)
-        elif entry.is_dir() and entry.name.casefold() in SYSTEM_FOLDERS:
+        elif not entry.is_dir():  # a broken link
+            continue
+        elif entry.name.casefold() in SYSTEM_FOLDERS:
             passed_over[f"system folder ({entry.name})"] += 1
-        elif entry.is_dir() and is_of_a_run(entry):
+        elif is_of_a_run(entry):
             passed_over[f"run folder ({entry.name})"] += 1
-        elif entry.is_dir():
+        else:
             folders.append(entry)
     return folders, files
 
@@ -415,20 +417,19 @@ def to_8_bits(image, format_name):
     65,535. Otherwise the darkest value becomes black and the brightest white.
     """
     if image.mode.startswith("I;") or (image.mode == "I" and format_name in ("PNG", "PPM")):
-        return scaled(image.convert("I"), 0, 65535)
+        return scaled(pil_to_tensor(image.convert("I")).float(), 0, 65535)
     values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
     low, high = values.min().item(), values.max().item()
     if image.mode == "F" and low >= -0.1 and high <= 1.1:  # filters overshoot
-        return scaled(image, 0, 1)
+        return scaled(values, 0, 1)
     for limit in (255, 65535):
         if low >= 0 and high <= limit:
-            return scaled(image, 0, limit)
-    return scaled(image, low, high)
+            return scaled(values, 0, limit)
+    return scaled(values, low, high)
 
 
-def scaled(image, black, white):
-    """A grey picture in 8 bits, where `black` becomes 0 and `white` 255."""
-    values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
+def scaled(values, black, white):
+    """A grey picture of 8 bits from floats (1,H,W), where `black` becomes 0 and `white` 255."""
     values = (values - black) / max(white - black, 1e-9)
     return to_pil_image((values.clamp(0, 1) * 255).round().to(torch.uint8))
 

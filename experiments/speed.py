@@ -272,10 +272,8 @@ def main():
     images = torch.randint(256, (max(n, 64), 3, size, size), dtype=torch.uint8).to(device)
     labels = torch.randint(75, (len(images),)).to(device)
 
-    flops, model = (
-        common.flops_per_image(train.new_model, train.rectified_flow_loss),
-        train.new_model(CLASSES),
-    )
+    flops = common.flops_per_image(train.new_model, train.rectified_flow_loss)
+    model = train.new_model(CLASSES)
     parameters = sum(weight.numel() for weight in model.parameters())
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"{device}{threads}, torch {torch.__version__}, batches of {n}")
