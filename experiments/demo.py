@@ -78,8 +78,10 @@ def build_page(model, checkpoint):
     def on_click(class_id, num_images, steps, cfg_scale, seed):
         settings = int(class_id), int(num_images), int(steps), float(cfg_scale), int(seed)
         line = command(checkpoint, *settings)
+        busy, ready = gradio.Button(interactive=False), gradio.Button(interactive=True)
         for grid in grids_on_the_way(model, *settings):
-            yield enlarged(grid, model.image_size), line
+            yield enlarged(grid, model.image_size), line, busy
+        yield gradio.skip(), line, ready
 
     with gradio.Blocks(title="nanoDiT", analytics_enabled=False) as page:
         gradio.Markdown("# nanoDiT\nPictures out of noise, by a diffusion transformer.")
@@ -97,7 +99,7 @@ def build_page(model, checkpoint):
                 line = gradio.Code(
                     label="the same on the command line", language="shell", wrap_lines=True
                 )
-        button.click(on_click, [class_id, count, steps, guidance, seed], [grid, line])
+        button.click(on_click, [class_id, count, steps, guidance, seed], [grid, line, button])
     return page
 
 

@@ -62,27 +62,39 @@ def page(tmp_path):
         process.communicate()
 
 
+# The button cannot be clicked while pictures come.
+CLICK_AND_WAIT = """button => new Promise(done => {
+    let busy = false;
+    new MutationObserver(() => {
+        if (button.disabled) busy = true;
+        else if (busy) done();
+    }).observe(button, {attributes: true});
+    button.click();
+})"""
+
+
 def sampled(page):
-    """Click, wait until the picture stays as it is, and return its pixels."""
-    page.get_by_role("button", name="Sample").click()
-    seen, unchanged = None, 0
-    while unchanged < 8:
-        time.sleep(0.25)
-        images = page.locator("img[src*='/file=']")
-        now = images.first.get_attribute("src") if images.count() else None
-        unchanged = unchanged + 1 if now and now == seen else 0
-        seen = now
-    content = page.request.get(seen).body()
+    """Click, wait for the last picture, and return its pixels."""
+    page.get_by_role("button", name="Sample").evaluate(CLICK_AND_WAIT)
+    source = page.locator("img[src*='/file=']").first.get_attribute("src")
+    content = page.request.get(source).body()
     with Image.open(io.BytesIO(content)) as image:
         return torch.tensor(list(image.convert("RGB").tobytes()))
 
 
 def choose(page, label, value):
+    """Fill a field, again if the page was too busy to take it."""
     field = page.get_by_label(label, exact=True).first
-    field.click()
-    field.fill(value)
-    field.press("Enter")
-    page.keyboard.press("Tab")
+    for _ in range(10):
+        field.click()
+        field.fill(value)
+        time.sleep(0.5)  # until the list of classes is filtered
+        field.press("Enter")
+        page.keyboard.press("Tab")
+        time.sleep(0.5)
+        if field.input_value() == value:
+            return
+    raise AssertionError(f"{label} is {field.input_value()}, not {value}")
 
 
 def test_the_page_samples_what_is_chosen(page):
