@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DiT, UserError, uses_bf16
+from model import DiT, UserError
 
 # What zipfile and torch.load raise when a file is not what it should be.
 UNREADABLE = (
@@ -219,7 +219,51 @@ def check_choice(settings, name, choices):
         raise UserError(f"{name} is {settings.get(name)!r}: choose one of {listed}")
 
 
-# Processes, compilation and signals
+# Devices, processes, compilation and signals
+
+
+def pick_device(name):
+    """The torch device with the given name; "auto" is cuda, else mps, else cpu. Raises UserError if
+    this machine does not have it."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": 1}
+    if name == "auto":
+        if counts["cuda"] > 0:
+            name = "cuda"
+        elif counts["mps"] > 0:
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'DEVICE "{name}" is unknown: choose auto, cuda, mps or cpu') from error
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f'DEVICE "{name}" is not available here: choose another, or auto')
+    return device
+
+
+def computes_in_bf16(device):
+    """Whether the device has instructions for bfloat16, which is slow where it is imitated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        features = torch.cpu.get_capabilities()
+        return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    older_torch = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return older_torch()
+
+
+def uses_bf16(device, precision):
+    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device."""
+    return precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
+
+
+def autocast(device, precision="auto"):
+    """A context in which matrix products and attention run in bfloat16, if that is the precision,
+    while the weights stay float32. "auto" is bf16 where the device computes in it, else fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
 def start_process(device, batch_size):

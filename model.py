@@ -3,6 +3,8 @@
 - Transformer blocks with adaLN-zero, as in DiT (Peebles & Xie 2022, arXiv 2212.09748).
 - Large patches of pixels, from which the network predicts the clean picture x (Li & He 2025,
   arXiv 2511.13720). forward() turns that prediction into the velocity.
+- Optional convolutions before and after the transformer, which draw detail and hide the seams
+  between patches (after Chen et al. 2025, arXiv 2511.18822).
 - Learned position embeddings.
 - Queries and keys are normalised before attention, as in Henry et al. (2020, arXiv 2010.04245), but
   by layer norm.
@@ -32,8 +34,26 @@ def norm(x):
 
 
 def modulate(x, shift, scale):
-    """adaLN: shift and scale all tokens of a picture, x (B, T, dim), by vectors (B, dim)."""
+    """adaLN: shift and scale all tokens of a picture, x (B, T, dim), by `shift` and `scale`, both
+    (B, dim)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class ConvNet(nn.Module):
+    """A stack of 3x3 convolutions with channels[0] channels going in, then channels[1], and so on.
+    All but the last are modulated by the condition c (B, dim), as in Block, and pass a GELU."""
+
+    def __init__(self, dim, channels):
+        super().__init__()
+        pairs = zip(channels[:-1], channels[1:])
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, kernel_size=3, padding=1) for i, o in pairs)
+        self.modulations = nn.ModuleList(nn.Linear(dim, 2 * o) for o in channels[1:-1])
+
+    def forward(self, x, c):
+        for conv, modulation in zip(self.convs, self.modulations):  # all but the last
+            shift, scale = modulation(c)[:, :, None, None].chunk(2, dim=1)
+            x = F.gelu(conv(x) * (1 + scale) + shift)
+        return self.convs[-1](x)
 
 
 class Attention(nn.Module):
@@ -42,8 +62,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        # Products of normalised queries and keys are bounded, so that attention could never be
-        # sharp: each head learns a factor.
+        # Products of normalised queries and keys are bounded, which limits how sharp attention can
+        # be: each head learns a factor.
         self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -56,8 +76,8 @@ class Attention(nn.Module):
         k = norm(k)
         v = v.contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
         if q.is_cpu and T <= 256:
-            # Written out, as bf16 training is up to 1.5 times as fast. The factor belongs to q:
-            # torch.compile would take softmax(q k^T * factor) v for the slower call below.
+            # Written out, because bf16 training is then up to 1.5 times as fast. The factor is on
+            # q: torch.compile would replace softmax(q k^T * factor) v by the slower call below.
             q = q * (dim // self.heads) ** -0.5
             x = (q @ k.mT).softmax(dim=-1) @ v  # (B, H, T, D)
         else:
@@ -103,15 +123,25 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     class_names: one string per class, in the order of the class ids.
     dataset: where the pictures came from; only the model card shows it.
     cfg_scale: the guidance that suits this network; sample.py uses it unless told otherwise.
+    conv_dim: channels of the convolutions before and after the blocks; 0 for a plain DiT.
 
     Raises UserError if the sizes are impossible.
     """
 
     def __init__(
-        self, image_size, patch_size, dim, depth, heads, class_names, dataset="", cfg_scale=3.0
+        self,
+        image_size,
+        patch_size,
+        dim,
+        depth,
+        heads,
+        class_names,
+        dataset="",
+        cfg_scale=3.0,
+        conv_dim=0,
     ):
         super().__init__()
-        check_sizes(image_size, patch_size, dim, depth, heads)
+        check_sizes(image_size, patch_size, dim, depth, heads, conv_dim)
         if not class_names or not all(isinstance(name, str) for name in class_names):
             raise UserError("class_names must be a list with one string per class")
         self.image_size = image_size
@@ -122,21 +152,39 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.folder = None  # the one that it was loaded from
         self.num_classes = len(class_names)  # also the id of the null class: "no class given"
 
-        self.patch_embedding = nn.Linear(3 * patch_size**2, dim)
+        # The final linear layer draws each patch by itself, from the `dim` numbers of its token:
+        # outlines break at the seams, and fine detail is lost. With convolutions, a stem extracts
+        # features from the noisy picture, and the transformer works on patches of these. A head
+        # draws the clean picture from what the transformer adds and, as in a U-Net, from the
+        # features themselves. For even patch sizes both work on cells of 2 x 2 pixels, which is
+        # faster; patches of 8 x 8 pixels are then 4 x 4 cells.
+        self.stem = self.head = None
+        self.cell = 2 if conv_dim > 0 and patch_size % 2 == 0 else 1  # its side in pixels
+        cell_dim = 3 * self.cell**2
+        features_dim = conv_dim if conv_dim > 0 else cell_dim
+        if conv_dim > 0:
+            self.stem = ConvNet(dim, [cell_dim, conv_dim, conv_dim])
+            self.head = ConvNet(dim, [2 * conv_dim, conv_dim, conv_dim, cell_dim])
+        self.cells = patch_size // self.cell  # in a row of a patch
+
+        self.patch_embedding = nn.Linear(features_dim * self.cells**2, dim)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class until late.
+        # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class for most
+        # of the training.
         self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
-        self.final_layer = nn.Linear(dim, 3 * patch_size**2)
+        self.final_layer = nn.Linear(dim, features_dim * self.cells**2)
         self.initialize()
 
     def initialize(self):
         """adaLN-zero: each block starts as the identity, and the prediction of x starts at 0.
-        Everything else keeps PyTorch's own initialisation."""
+        The other layers keep PyTorch's own initialisation."""
         zero_layers = [block.modulation for block in self.blocks]
         zero_layers += [self.final_modulation, self.final_layer]
+        if self.head:
+            zero_layers += [*self.stem.modulations, *self.head.modulations, self.head.convs[-1]]
         for layer in zero_layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -147,31 +195,37 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         z: (B,3,S,S) float, noisy pictures; t: (B,) in (0, 1], near 0 data, and at 1 noise;
         y: (B,) int64 class ids, where num_classes is the null class. Returns (B,3,S,S) float32.
         """
-        P = self.patch_size
-        side = self.image_size // P  # patches in a row
+        side = self.image_size // self.patch_size  # patches in a row
 
         # The condition is the same for all tokens: time plus class.
         c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
         c = F.silu(c)  # (B, dim)
 
-        # Patchify: every P x P patch becomes a token.
-        x = F.pixel_unshuffle(z, P)  # (B, 3*P*P, S/P, S/P)
-        x = x.flatten(2).transpose(1, 2)  # (B, T, 3*P*P)
+        # A plain DiT's features are the pixels; the stem's are (B, conv_dim, S/2, S/2).
+        features = self.stem(F.pixel_unshuffle(z, self.cell), c) if self.stem else z
+
+        # Patchify: every P x P patch becomes a token, of N features at first.
+        x = F.pixel_unshuffle(features, self.cells)  # (B, N, S/P, S/P)
+        x = x.flatten(2).transpose(1, 2)  # (B, T, N)
         x = self.patch_embedding(x) + self.positions  # (B, T, dim)
 
         for block in self.blocks:
             x = block(x, c)
 
         shift, scale = self.final_modulation(c).chunk(2, dim=-1)
-        x = self.final_layer(modulate(norm(x), shift, scale)).float()  # (B, T, 3*P*P)
+        x = self.final_layer(modulate(norm(x), shift, scale))  # (B, T, N)
 
-        # Unpatchify: x is now the predicted clean picture.
-        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, 3*P*P, S/P, S/P)
-        x = F.pixel_shuffle(x, P)  # (B, 3, S, S)
+        # Unpatchify, to the shape of the features.
+        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, N, S/P, S/P)
+        x = F.pixel_shuffle(x, self.cells)
+        if self.head:
+            x = self.head(torch.cat([x, features], dim=1), c)
+            x = F.pixel_shuffle(x, self.cell)
 
-        # On the line from x to eps, z_t - x = t (eps - x) = t v. The division is by the true t, so
-        # that the last Euler step, of length t, ends at the predicted x.
-        return (z.float() - x) / t.float()[:, None, None, None]
+        # x (B, 3, S, S) is now the predicted clean picture. On the line from x to eps, z_t - x =
+        # t (eps - x) = t v. The division is by the true t, so that the last Euler step, of length
+        # t, ends at the predicted x.
+        return (z.float() - x.float()) / t.float()[:, None, None, None]
 
     @classmethod
     def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
@@ -193,22 +247,24 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         return hub.make_card(self, self.folder)
 
 
-def check_sizes(image_size, patch_size, dim, depth, heads):
+def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):
     """Raise UserError for sizes that cannot make a network, before any memory is allocated.
     The sizes are named as the constants of train.py are."""
     sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim}
-    sizes |= {"DEPTH": depth, "HEADS": heads}
+    sizes |= {"DEPTH": depth, "HEADS": heads, "CONV_DIM": conv_dim}
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"{name} is {size!r}: it must be a whole number, at least 1")
+        lowest = 0 if name == "CONV_DIM" else 1
+        if not isinstance(size, int) or size < lowest:
+            raise UserError(f"{name} is {size!r}: it must be a whole number, at least {lowest}")
     if image_size % patch_size:
         raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
     if dim % heads:
         raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
     # A config.json may come from anywhere: refuse what would take gigabytes for its weights alone.
-    # A block has 18 dim^2 of them: attention 4, MLP 8, modulation 6.
+    # A block has 18 dim^2 of them: attention 4, MLP 8, modulation 6. The convolutions have about
+    # 57 conv_dim^2.
     tokens = (image_size // patch_size) ** 2
-    weights = 18 * depth * dim**2 + 6 * patch_size**2 * dim
+    weights = 18 * depth * dim**2 + 2 * max(3, conv_dim) * patch_size**2 * dim + 57 * conv_dim**2
     if depth > 1000 or tokens > 100_000 or weights > 1e9:
         raise UserError(
             f"a network of DEPTH {depth} with {tokens:,} tokens and {weights:,} weights is too "
@@ -216,52 +272,5 @@ def check_sizes(image_size, patch_size, dim, depth, heads):
         )
 
 
-# What sampling and training share.
-
-
 class UserError(Exception):
-    """Something the user can fix: a command line prints it as one line and exits with status 2."""
-
-
-def pick_device(name):
-    """The torch device with the given name; "auto" is cuda, else mps, else cpu. Raises UserError if
-    this machine does not have it."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": 1}
-    if name == "auto":
-        if counts["cuda"] > 0:
-            name = "cuda"
-        elif counts["mps"] > 0:
-            name = "mps"
-        else:
-            name = "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f'DEVICE "{name}" is unknown: choose auto, cuda, mps or cpu') from error
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise UserError(f'DEVICE "{name}" is not available here: choose another, or auto')
-    return device
-
-
-def computes_in_bf16(device):
-    """Whether the device has instructions for bfloat16, which is slow where it is imitated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        features = torch.cpu.get_capabilities()
-        return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-    older_torch = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return older_torch()
-
-
-def uses_bf16(device, precision):
-    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device."""
-    return precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
-
-
-def autocast(device, precision="auto"):
-    """A context in which matrix products and attention run in bfloat16, if that is the precision,
-    while the weights stay float32. "auto" is bf16 where the device computes in it, else fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+    """An error that the user can fix: the scripts print it as one line and exit with status 2."""

@@ -18,8 +18,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import common
-from common import load_model
-from model import UserError, autocast, pick_device
+from common import autocast, load_model, pick_device
+from model import UserError
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
@@ -117,8 +117,7 @@ def parse_flags():
     group = parser.add_argument_group("what to write")
     text = "the grid (default: samples/class-<ids>-seed-<seed>.png)"
     group.add_argument("--output", type=Path, metavar="PNG", help=text)
-    text = "also an animation, from noise to pictures, beside the grid"
-    group.add_argument("--gif", action="store_true", help=text)
+    group.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     text = "also every picture, as DIR/<class name>/<n>.png"
     group.add_argument("--save-images", type=Path, metavar="DIR", help=text)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import common
 import sample
 from data.images import held_out, load_dataset
-from model import MIN_T, DiT, UserError, autocast, check_sizes, pick_device
+from model import MIN_T, DiT, UserError, check_sizes
 
 imported = set(globals())  # the names above, which are not settings even if upper-case
 
@@ -48,6 +48,7 @@ PATCH_SIZE = 4  # pixels per side of a patch; halving it costs four times the co
 DIM = 384  # width of the transformer; a multiple of HEADS
 DEPTH = 12  # transformer blocks
 HEADS = 6  # attention heads in each block
+CONV_DIM = 0  # channels of convolutions around the blocks, for finer detail; 0 for a plain DiT
 
 # --- optimizer ---
 STEPS = 12000  # optimizer steps of the whole run
@@ -98,14 +99,15 @@ SMALL = {  # photographs, and a network that two CPU cores train in two hours
     "PATCH_SIZE": 8,
     "DIM": 192,
     "DEPTH": 6,
-    "STEPS": 45000,
+    "STEPS": 25000,
     "BATCH_SIZE": 32,
     "LEARNING_RATE": 2e-3,
+    "CONV_DIM": 64,
     "CFG_SCALE": 5.0,
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
-MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS")
+MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
 
 
@@ -174,7 +176,7 @@ def validation_loss(model, images, labels, times=EVAL_T):
         for t_value in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             t = torch.full((len(x),), t_value, device=x.device)
-            with autocast(x.device, PRECISION):
+            with common.autocast(x.device, PRECISION):
                 total += rectified_flow_loss(model, x, y, t, noise) * len(x)
     return total.item() / (len(images) * len(times))
 
@@ -229,7 +231,8 @@ def check_settings():
     values = globals()
     intervals = ("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY", "LOG_EVERY")
     for name in (*MODEL_SETTINGS, *intervals, "STEPS", "BATCH_SIZE", "ACCUMULATE"):
-        common.check_number(values, name, lowest=1, whole=True)
+        lowest = 0 if name == "CONV_DIM" else 1
+        common.check_number(values, name, lowest, whole=True)
     check_sizes(*(values[name] for name in MODEL_SETTINGS))
     common.check_number(values, "WARMUP_STEPS", lowest=0, whole=True)
     common.check_number(values, "SEED", lowest=0, highest=2**63 - 1, whole=True)
@@ -303,7 +306,7 @@ def train(options, flags):
         common.check_holds_no_run(out)
 
     # Device and processes. torchrun starts several, of which only the master writes files.
-    device, rank, world_size = common.start_process(pick_device(DEVICE), BATCH_SIZE)
+    device, rank, world_size = common.start_process(common.pick_device(DEVICE), BATCH_SIZE)
     master = rank == 0
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
@@ -338,7 +341,7 @@ def train(options, flags):
     if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
         batch = random_batch(train_images, train_labels, model.num_classes, step=1)
         part = micro_batches(batch, rank, world_size)[0]
-        with autocast(device, PRECISION):
+        with common.autocast(device, PRECISION):
             uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
             common.compile_model(model, lambda: rectified_flow_loss(model, *part), uneven)
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
@@ -371,7 +374,7 @@ def train(options, flags):
             for number, (x, y, t, noise) in enumerate(parts, 1):
                 # DDP exchanges gradients during backward(): once per step is enough.
                 parallel_model.require_backward_grad_sync = number == len(parts)
-                with autocast(device, PRECISION):
+                with common.autocast(device, PRECISION):
                     loss = rectified_flow_loss(parallel_model, x, y, t, noise)
                 loss = loss * (len(x) / BATCH_SIZE)
                 (loss * world_size).backward()  # DDP averages over processes; this makes it a sum

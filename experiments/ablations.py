@@ -425,7 +425,7 @@ def train_row(row, flags, real, stage):
     if (out / "train_state.pt").exists():
         words.append("--resume")
     print("+ train.py", shlex.join(words), flush=True)
-    device = network.pick_device(train.DEVICE)
+    device = common.pick_device(train.DEVICE)
     images, labels, _ = train.load_dataset(train.DATASET, train.IMAGE_SIZE)
     val = train.held_out(labels)
     seen = torch.arange(len(labels))[~val][:: max(1, (~val).sum() // val.sum().clamp_min(1))]

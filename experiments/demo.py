@@ -24,7 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 import sample  # noqa: E402
-from model import UserError, pick_device  # noqa: E402
+from common import pick_device  # noqa: E402
+from model import UserError  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "assets" / "butterflies"
 MOST_PICTURES = 16

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from model import autocast, pick_device, uses_bf16  # noqa: E402
+from common import autocast, pick_device, uses_bf16  # noqa: E402
 
 ROUNDS = 7  # of so many seconds at least, ours and the plain one in turns
 SECONDS = 0.5
@@ -143,6 +143,7 @@ class PlainStep:
     def __init__(self, images, labels, compiled):
         self.device = images.device
         sizes = {name.lower(): getattr(train, name) for name in train.MODEL_SETTINGS}
+        del sizes["conv_dim"]  # a plain DiT has no convolutions
         self.model = PlainDiT(**sizes).to(self.device)
         if compiled:
             self.model.compile()

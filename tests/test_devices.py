@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 import common
 import sample
 import train
-from model import DiT, UserError, pick_device
+from common import pick_device
+from model import DiT, UserError
 
 SIZES = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
 
@@ -41,7 +42,7 @@ def fake_cuda(monkeypatch):
     """A mode in which CUDA tensors have shapes, dtypes and devices, but no data; with a model, and
     a batch of four."""
     monkeypatch.setattr(train, "PRECISION", "bf16")
-    monkeypatch.setattr(sample, "autocast", lambda device: train.autocast(device, "bf16"))
+    monkeypatch.setattr(sample, "autocast", lambda device: common.autocast(device, "bf16"))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 0.0)  # there is no number to read
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
@@ -74,7 +75,7 @@ def attention_dtypes(monkeypatch):
 
 def test_attention_on_the_cpu_is_in_bf16_too():
     model, x = DiT(**SIZES, class_names=["a", "b"]), torch.zeros(4, 3, 16, 16)
-    with Record() as record, train.autocast(x.device, "bf16"):
+    with Record() as record, common.autocast(x.device, "bf16"):
         v = model(x, torch.ones(4), torch.zeros(4, dtype=torch.long))
     assert record.dtypes("addmm", "bmm") == {torch.bfloat16}  # bmm: queries, keys and values
     assert v.dtype == torch.float32
@@ -82,7 +83,7 @@ def test_attention_on_the_cpu_is_in_bf16_too():
 
 def test_a_training_step_on_cuda_has_the_dtypes_that_are_meant(fake_cuda, attention_dtypes):
     model, (x, y, t, noise) = fake_cuda
-    with Record() as record, train.autocast(x.device, "bf16"):
+    with Record() as record, common.autocast(x.device, "bf16"):
         loss = train.rectified_flow_loss(model, x, y, t, noise)
     assert loss.dtype == torch.float32 and loss.device.type == "cuda"
     assert record.dtypes("addmm", "mm") == {torch.bfloat16}
@@ -96,7 +97,7 @@ def test_the_residual_stream_and_the_velocity_stay_float32_on_cuda(fake_cuda):
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
-    with train.autocast(x.device, "bf16"):
+    with common.autocast(x.device, "bf16"):
         v = model(x, t, y)
     assert seen == [torch.float32] * 2
     assert v.dtype == torch.float32 and v.shape == x.shape and v.device.type == "cuda"

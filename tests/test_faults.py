@@ -210,6 +210,7 @@ def test_weights_of_another_model_are_one_line(trained, tmp_path):
         {"image_size": 4_000_000},
         {"image_size": 8_000},
         {"patch_size": 1_000_000, "image_size": 1_000_000},
+        {"conv_dim": 100_000},
     ],
 )
 def test_absurd_sizes_are_refused_before_they_fill_the_memory(trained, tmp_path, change):

@@ -29,19 +29,26 @@ def shaken(model):
     return model
 
 
-def test_returns_a_float32_velocity_of_the_pictures_shape():
-    z, t, y = inputs()
-    v = shaken(make())(z, t, y)
+# A plain DiT, one with convolutions over 2 x 2 pixels, and, as 3 is odd, one over single pixels.
+KINDS = [{}, {"conv_dim": 8}, {"conv_dim": 8, "image_size": 15, "patch_size": 3}]
+with_and_without_convolutions = pytest.mark.parametrize("kind", KINDS)
+
+
+@with_and_without_convolutions
+def test_returns_a_float32_velocity_of_the_pictures_shape(kind):
+    z, t, y = inputs(size=kind.get("image_size", 16))
+    v = shaken(make(**kind))(z, t, y)
     assert v.shape == z.shape and v.dtype == torch.float32 and v.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
         for picture in (z, z.bfloat16()):
-            assert shaken(make())(picture, t, y).dtype == torch.float32
+            assert shaken(make(**kind))(picture, t, y).dtype == torch.float32
 
 
-def test_at_the_start_the_network_predicts_zero():
-    z, t, y = inputs()
+@with_and_without_convolutions
+def test_at_the_start_the_network_predicts_zero(kind):
+    z, t, y = inputs(size=kind.get("image_size", 16))
     expected = z / t[:, None, None, None]  # x = 0 means v = (z - 0) / t
-    torch.testing.assert_close(make()(z, t, y), expected)
+    torch.testing.assert_close(make(**kind)(z, t, y), expected)
 
 
 def test_blocks_start_as_the_identity():
@@ -75,23 +82,45 @@ def test_attention_is_a_mean_of_values_weighted_by_softmax(tokens):
     torch.testing.assert_close(attention(x), attention.out(mean))
 
 
+def moved_pixels(model, size, row, column):
+    """How much a change of one pixel changes the predicted x, pixel by pixel: (size, size)."""
+    z, t, y = inputs(size=size)
+    changed = z.clone()
+    changed[:, 1, row, column] += 1
+    x, other = (z_ - t[:, None, None, None] * model(z_, t, y) for z_ in (z, changed))
+    return (x - other)[1:].abs().amax((0, 1))
+
+
 def test_patches_come_back_to_their_place():
     # While the blocks are the identity, what the network says of a patch is due to that patch.
     model = make()
     torch.nn.init.normal_(model.final_layer.weight)
-    z, t, y = inputs()
-    changed = z.clone()
-    changed[:, 1, 5, 10] += 1
-    x, other = (z_ - t[:, None, None, None] * model(z_, t, y) for z_ in (z, changed))
-    moved = (x - other)[1:].abs().amin((0, 1)) > 1e-4
+    moved = moved_pixels(model, 16, row=5, column=10) > 1e-4
     expected = torch.zeros(16, 16, dtype=torch.bool)
     expected[4:8, 8:12] = True
     assert torch.equal(moved, expected)
 
 
-def test_time_and_class_matter_and_pictures_do_not_mix():
-    model = shaken(make())
-    z, t, y = inputs()
+def test_convolutions_join_the_pixels_on_both_sides_of_a_seam():
+    model = make(image_size=32, conv_dim=8)  # its blocks have no say yet: final_layer is 0
+    torch.nn.init.normal_(model.head.convs[-1].weight)
+    moved = moved_pixels(model, 32, row=5, column=10)
+    assert moved[:4, 8:12].min() > 0 and moved[4:8, 12:16].min() > 0  # the patches beside it
+    # Five layers reach five squares of 2 x 2 pixels far.
+    assert moved[16:].max() == 0 and moved[:, 22:].max() == 0
+
+
+def test_the_head_hears_the_blocks():
+    model = make(image_size=32, conv_dim=8)
+    for layer in (model.head.convs[-1], model.final_layer, model.blocks[0].modulation):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    assert moved_pixels(model, 32, row=5, column=10).min() > 0  # by way of attention
+
+
+@with_and_without_convolutions
+def test_time_and_class_matter_and_pictures_do_not_mix(kind):
+    model = shaken(make(**kind))
+    z, t, y = inputs(size=kind.get("image_size", 16))
     v = model(z, t, y)
     assert not torch.allclose(v, model(z, t, (y + 1) % 4), atol=1e-3)
     assert not torch.allclose(v[1:4], model(z, t.flip(0) * 0.9 + 0.05, y)[1:4], atol=1e-3)
@@ -139,6 +168,8 @@ def test_positions_tell_patches_apart():
         ({"dim": 33}, "DIM"),
         ({"dim": 0}, "DIM"),
         ({"depth": 100_000}, "DEPTH"),
+        ({"conv_dim": -1}, "CONV_DIM"),
+        ({"conv_dim": 8.0}, "CONV_DIM"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(changes, name):
@@ -149,7 +180,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name(changes, name):
 def test_no_float64_anywhere():
     # MPS has none; the meta device runs every operation's shapes and types without computing.
     with torch.device("meta"):
-        model = make()
+        model = make(conv_dim=8)
         v = model(torch.zeros(2, 3, 16, 16), torch.ones(2), torch.zeros(2, dtype=torch.long))
     tensors = [v, *model.parameters(), *model.buffers()]
     assert all(tensor.dtype == torch.float32 for tensor in tensors)

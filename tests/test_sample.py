@@ -7,8 +7,8 @@ import torch
 from conftest import call, refused
 from PIL import Image
 
-from common import find_class, load_model
-from model import DiT, UserError, pick_device
+from common import find_class, load_model, pick_device
+from model import DiT, UserError
 from sample import DEFAULT_STEPS, generate, to_grid, to_uint8
 
 NAMES = ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]

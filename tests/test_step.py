@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten
 import common
 import sample
 import train
-from model import MIN_T, DiT, autocast, uses_bf16
+from common import autocast, uses_bf16
+from model import MIN_T, DiT
 
 SIZES = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2}
 

@@ -106,6 +106,7 @@ def test_resuming_a_finished_run_says_so_and_more_steps_go_on(pictures, tmp_path
     assert "finished" in out
     line = refused("train.py", "--resume", "--dim", 32, cwd=tmp_path)
     assert "DIM" in line and "16" in line and "32" in line
+    assert "CONV_DIM is 0" in refused("train.py", "--resume", "--conv-dim", 8, cwd=tmp_path)
     line = refused("train.py", "--resume", "--seed", 7, cwd=tmp_path)
     assert "SEED" in line
     line = refused("train.py", "--resume", "--preset", "laptop", cwd=tmp_path)
@@ -127,7 +128,7 @@ def test_resume_with_other_classes_is_refused(trained, pictures, tmp_path):
 
 
 STOPPED = ["--steps", 300, "--batch-size", 4, "--eval-every", 7, "--sample-every", 100]
-STOPPED += ["--checkpoint-every", 11]
+STOPPED += ["--checkpoint-every", 11, "--conv-dim", 4]
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ def test_parts_of_a_batch_add_up_to_its_gradient(pictures, tmp_path):
         (["--learning-rate", "inf"], "LEARNING_RATE"),
         (["--patch-size", "5"], "PATCH_SIZE"),
         (["--heads", "3"], "HEADS"),
+        (["--conv-dim", "-1"], "CONV_DIM"),
         (["--eval-every", "0"], "EVAL_EVERY"),
         (["--device", "abacus"], "abacus"),
         (["--steps", "many"], "steps"),
