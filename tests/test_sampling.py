@@ -8,6 +8,7 @@ import torch
 
 import sample
 from experiments import sampling
+from experiments.renoise import renoise
 from experiments.sampling import BASE, integrate
 from model import UserError
 
@@ -81,3 +82,19 @@ def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", [*map(str, run), "77 steps"])
     with pytest.raises(UserError, match="12 steps"):
         sampling.main()
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 1.0])
+def test_renoised_pictures_come_back_along_the_true_velocity(t):
+    x = torch.rand(3, 3, 4, 4) * 2 - 1
+    classes = torch.tensor([2, 0, 1])
+
+    def velocity(z, now, y):
+        pictures = x[[classes.tolist().index(i) for i in y]]
+        return (z - pictures) / now[:, None, None, None]
+
+    torch.testing.assert_close(renoise(velocity, x, classes, t), x, atol=1e-5, rtol=0)
+    # A velocity of 0 leaves what was noised.
+    noised = renoise(lambda z, now, y: 0 * z, x, classes, t, seed=3)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(noised, (1 - t) * x + t * noise)
