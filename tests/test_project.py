@@ -115,6 +115,23 @@ def test_the_pictures_of_the_readme_come_from_a_script(trained, tmp_path):
         assert image.size == (15 * 66 + 2, 5 * 66 + 2)
 
 
+def test_progress_shows_the_first_row_of_each_grid(tmp_path):
+    samples = tmp_path / "out" / "samples"
+    samples.mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text('{"image_size": 16}')
+    for step, colour in ((5, "red"), (10, "blue")):
+        grid = Image.new("RGB", (2 + 2 * 18, 2 + 2 * 18))  # two rows of two
+        grid.paste(colour, (2, 2, 2 + 34, 2 + 16))
+        grid.paste("green", (2, 20, 2 + 34, 20 + 16))
+        grid.save(samples / f"step-{step:06}.png")
+    command = ["experiments/progress.py", "out", "--steps"]
+    out, _ = call(*command, 5, 10, cwd=tmp_path)
+    with Image.open(tmp_path / out.strip()) as rows:
+        assert rows.size == (38, 38)
+        assert rows.getpixel((3, 3)) == (255, 0, 0) and rows.getpixel((30, 34)) == (0, 0, 255)
+    assert "step-000007.png" in refused(*command, 7, cwd=tmp_path)
+
+
 def test_the_figure_of_the_method_is_of_the_method(tmp_path):
     pytest.importorskip("matplotlib")
     from experiments.method_figure import DATA, NOISE_CENTRE, STARTS, mean_velocity, path
