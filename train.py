@@ -103,7 +103,6 @@ SMALL = {  # photographs, and a network that two CPU cores train in two hours
     "BATCH_SIZE": 32,
     "LEARNING_RATE": 2e-3,
     "CONV_DIM": 64,
-    "CFG_SCALE": 5.0,
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
