@@ -231,7 +231,7 @@ BUGS = {
     ),
     "a wrong shape in DiT.forward": (
         "model.py",
-        "        P = self.patch_size\n",
+        "        c = F.silu(c)  # (B, dim)\n",
         "planted = z + torch.zeros(7)",
         "RuntimeError",
     ),
