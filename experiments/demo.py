@@ -24,7 +24,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 import sample  # noqa: E402
-from common import pick_device  # noqa: E402
 from model import UserError  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "assets" / "butterflies"
@@ -111,7 +110,7 @@ def main():
     parser.add_argument("--port", type=common.int_in_range(1, 65535), default=7860, metavar="N")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     flags = parser.parse_args()
-    model = common.load_model(flags.checkpoint).to(pick_device(flags.device))
+    model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
     shown = flags.checkpoint
     if shown == CHECKPOINT:
         shown = "assets/butterflies"

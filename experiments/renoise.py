@@ -17,8 +17,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 import sample  # noqa: E402
-from common import autocast  # noqa: E402
 from data.images import load_images  # noqa: E402
+from experiments.sampling import BASE, integrate  # noqa: E402
 from experiments.score import SIZE, features, kernel_distance  # noqa: E402
 from model import UserError  # noqa: E402
 
@@ -30,14 +30,11 @@ STEPS = 25  # of a whole way from t = 1 to 0; a part of the way takes its share
 def renoise(model, x, class_ids, t, seed=0):
     """Noise pictures x (N,3,S,S) to t, and follow the velocity back to 0, without guidance."""
     generator = torch.Generator().manual_seed(seed)
-    steps, pictures = max(1, round(STEPS * t)), []
+    way, pictures = {**BASE, "steps": max(1, round(STEPS * t)), "scale": 1.0}, []
     for part, y in zip(x.split(sample.MAX_BATCH), class_ids.split(sample.MAX_BATCH)):
         z = (1 - t) * part + t * torch.randn(part.shape, generator=generator)
-        for step in range(steps):
-            now = torch.full((len(z),), t * (1 - step / steps))
-            with autocast(z.device):
-                z = z - model(z, now, y) * (t / steps)
-        pictures.append(z)
+        with common.autocast(z.device):
+            pictures.append(integrate(model, y, z, **way, start=t)[0])
     return torch.cat(pictures)
 
 

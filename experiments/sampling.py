@@ -49,8 +49,8 @@ ROWS = {
 COLUMNS = ["model", "row", "samples", "seed", "evaluations", "kid"]
 
 
-def integrate(model, class_ids, noise, steps, scale, interval, shift, heun):
-    """From noise to x (B,3,S,S), and how often the network ran for a picture."""
+def integrate(model, class_ids, noise, steps, scale, interval, shift, heun, start=1.0):
+    """From noise, or z at `start`, to x (B,3,S,S), and how often the network ran for a picture."""
     low, high = interval
     y = torch.cat([class_ids, torch.full_like(class_ids, model.num_classes)])
     runs = 0
@@ -66,7 +66,7 @@ def integrate(model, class_ids, noise, steps, scale, interval, shift, heun):
         return v_null + scale * (v_class - v_null)
 
     times = [1 - i / steps for i in range(steps + 1)]
-    times = [shift * t / (1 + (shift - 1) * t) for t in times]
+    times = [start * shift * t / (1 + (shift - 1) * t) for t in times]
     z = noise
     for now, then in zip(times, times[1:]):
         v = velocity(z, now)

@@ -83,19 +83,19 @@ def test_attention_is_a_mean_of_values_weighted_by_softmax(tokens):
 
 
 def moved_pixels(model, size, row, column):
-    """How much a change of one pixel changes the predicted x, pixel by pixel: (size, size)."""
+    """How much a change of one pixel changes the predicted x: (4,3,size,size)."""
     z, t, y = inputs(size=size)
     changed = z.clone()
     changed[:, 1, row, column] += 1
     x, other = (z_ - t[:, None, None, None] * model(z_, t, y) for z_ in (z, changed))
-    return (x - other)[1:].abs().amax((0, 1))
+    return (x - other)[1:].abs()
 
 
 def test_patches_come_back_to_their_place():
     # While the blocks are the identity, what the network says of a patch is due to that patch.
     model = make()
     torch.nn.init.normal_(model.final_layer.weight)
-    moved = moved_pixels(model, 16, row=5, column=10) > 1e-4
+    moved = moved_pixels(model, 16, row=5, column=10).amin((0, 1)) > 1e-4
     expected = torch.zeros(16, 16, dtype=torch.bool)
     expected[4:8, 8:12] = True
     assert torch.equal(moved, expected)
@@ -104,7 +104,7 @@ def test_patches_come_back_to_their_place():
 def test_convolutions_join_the_pixels_on_both_sides_of_a_seam():
     model = make(image_size=32, conv_dim=8)  # its blocks have no say yet: final_layer is 0
     torch.nn.init.normal_(model.head.convs[-1].weight)
-    moved = moved_pixels(model, 32, row=5, column=10)
+    moved = moved_pixels(model, 32, row=5, column=10).amax((0, 1))
     assert moved[:4, 8:12].min() > 0 and moved[4:8, 12:16].min() > 0  # the patches beside it
     # Five layers reach five squares of 2 x 2 pixels far.
     assert moved[16:].max() == 0 and moved[:, 22:].max() == 0
@@ -114,7 +114,7 @@ def test_the_head_hears_the_blocks():
     model = make(image_size=32, conv_dim=8)
     for layer in (model.head.convs[-1], model.final_layer, model.blocks[0].modulation):
         torch.nn.init.normal_(layer.weight, std=0.1)
-    assert moved_pixels(model, 32, row=5, column=10).min() > 0  # by way of attention
+    assert moved_pixels(model, 32, row=5, column=10).amax((0, 1)).min() > 0  # by way of attention
 
 
 @with_and_without_convolutions
