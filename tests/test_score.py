@@ -6,7 +6,13 @@ from conftest import call, refused
 from PIL import Image
 
 from data.drawn import draw_butterflies
-from experiments.score import features, frechet_distance, kernel_distance, report_nearest
+from experiments.score import (
+    class_accuracy,
+    features,
+    frechet_distance,
+    kernel_distance,
+    report_nearest,
+)
 
 
 def test_kernel_distance_by_hand():
@@ -35,6 +41,17 @@ def test_frechet_distance_by_hand():
     expected = moved + (3 - 1) ** 2 * torch.cov(a.T).trace()
     assert frechet_distance(a, b) == pytest.approx(expected.item())
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_class_accuracy_by_hand():
+    # Around the mean (5, 5) of the real ones, "a" lies towards (1, -1) and "b" towards (-1, 1).
+    real = torch.tensor([[7.0, 3.0], [6.0, 4.0], [4.0, 6.0], [3.0, 7.0]])
+    names = ["a", "a", "b", "b"]
+    pictures = torch.tensor([[9.0, 6.0], [5.0, 4.0], [9.0, 8.0], [4.0, 9.0]])  # three of a, one b
+    assert class_accuracy(pictures, ["a", "a", "b", "b"], real, names) == 0.75
+    assert class_accuracy(pictures, ["b", "b", "b", "a"], real, names) == 0
+    assert class_accuracy(pictures, ["a", "a", "a", "c"], real, names) is None
+    assert class_accuracy(pictures, ["a"] * 4, real, ["a"] * 4) is None
 
 
 def test_worse_pictures_are_farther():
@@ -77,6 +94,20 @@ def test_the_command_scores_folders_and_finds_copies(tmp_path):
         normal = lines[f"real to nearest training, by {by}"]
         assert float(copied.split()[-1]) == pytest.approx(0, abs=0.02)
         assert float(normal.split()[-1]) > 0.02
+
+
+def test_the_command_says_whether_pictures_are_of_their_class(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images, labels, _ = draw_butterflies(12, 64, seed=1)
+    for i, name in enumerate(("red", "other")):
+        own = images[labels == 74 * i]
+        save(own[:8], tmp_path / "real" / name)
+        save(own[8:], tmp_path / "right" / name)
+        save(own[8:], tmp_path / "wrong" / ("other", "red")[i])
+        save(own[8:], tmp_path / "unknown" / f"{name} admiral")
+    for folder, line in (("right", "accuracy 1.000"), ("wrong", "accuracy 0.000"), ("unknown", "")):
+        out, _ = call("experiments/score.py", tmp_path / folder, tmp_path / "real", cwd=tmp_path)
+        assert line in out and ("accuracy" in out) == bool(line)
 
 
 def test_nearest_training_pictures_in_numbers(capsys):
