@@ -10,6 +10,7 @@ from conftest import ROOT, SMALL, call, refused
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import train
 from data.drawn import draw_butterflies
 from experiments.speed import activation_bytes
 from model import DiT
@@ -226,6 +227,28 @@ def test_a_page_names_files_that_exist(page):
     assert len(scripts) > 5
     for script in scripts:
         assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])
+def test_a_page_names_flags_that_exist(page):
+    def flags_of(*scripts):
+        source = "".join((ROOT / script).read_text("utf-8") for script in scripts)
+        return {"--help", *re.findall(r'"(--[\w-]+)"', source)}
+
+    of_training = flags_of("train.py")
+    of_training |= {"--" + name.lower().replace("_", "-") for name in train.SETTINGS}
+    text = (ROOT / page).read_text("utf-8")
+    checked, flags = 0, of_training | flags_of("sample.py")
+    for script, line in re.findall(r"python ((?:\w+/)?\w+\.py)([^`\n#]*)", text):
+        own = flags_of(script)
+        if script in ("train.py", "experiments/speed.py"):
+            own |= of_training
+        used = set(re.findall(r"--[\w-]+", line))
+        assert used <= own, script
+        flags |= own
+        checked += len(used)
+    assert checked > 5
+    assert set(re.findall(r"`(--[\w-]+)", text)) <= flags  # those without a command
 
 
 def test_the_readme_quotes_code_that_is_there():
