@@ -1,6 +1,7 @@
 """What the Hub shows of a trained network: its card, and a grid of samples beside it."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -61,8 +62,12 @@ def last_figures(folder):
     return f"\nAfter {int(row['step']):,} steps the held-out loss was {float(row['val_loss']):.4f}."
 
 
-def copy_grid(folder, destination):
-    """Put the newest grid of a run beside the weights, where the card shows it."""
-    grid = last_grid(folder)
+def complete(folder, run):
+    """Add to the saved model in `folder` the newest grid of its run, if there is one, where the
+    card shows it; and permissions, as safetensors lets only the owner read the weights."""
+    grid = last_grid(run)
     if grid is not None:
-        shutil.copyfile(grid, Path(destination, "grid.png"))
+        shutil.copyfile(grid, Path(folder, "grid.png"))
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    Path(folder, "model.safetensors").chmod(0o666 & ~umask)

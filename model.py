@@ -240,7 +240,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory):
         """Like the mixin's, and a grid of samples if this is the model of a run."""
         super()._save_pretrained(save_directory)
-        hub.copy_grid(self.folder, save_directory)
+        hub.complete(save_directory, self.folder)
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""

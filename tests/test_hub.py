@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,18 @@ def test_what_is_pushed_samples_the_same_and_has_a_card(trained, tmp_path):
         loss = float(list(csv.DictReader(file))[-1]["val_loss"])
     assert f"After 30 steps the held-out loss was {loss:.4f}." in card.content
     assert "trained by nanoDiT on pictures: 3\nclasses" in card.content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_are_as_readable_as_other_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        make().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
 
 def test_a_card_without_a_run_names_no_picture(tmp_path):
