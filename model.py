@@ -238,7 +238,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         return model.eval()  # older versions of the mixin leave it in training mode
 
     def _save_pretrained(self, save_directory):
-        """Like the mixin's, and a grid of samples if this is the model of a run."""
+        """Like the mixin's, plus what hub.complete adds."""
         super()._save_pretrained(save_directory)
         hub.complete(save_directory, self.folder)
 

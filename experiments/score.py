@@ -133,20 +133,20 @@ def main():
     parser.add_argument("real", type=Path, help="a folder of pictures that were not trained on")
     parser.add_argument("--training", type=Path, metavar="FOLDER", help="that were trained on")
     folders = vars(parser.parse_args())
-    loaded, classes = {}, {}
+    loaded, names = {}, {}
     for name, folder in folders.items():
         if folder is not None:
             if not folder.is_dir():
                 raise UserError(f"{folder} is not a folder")
             images, labels, class_names = load_images(folder, SIZE)
             loaded[name] = images, features(images)
-            classes[name] = [class_names[label] for label in labels]
+            names[name] = [class_names[label] for label in labels]
     (_, a), (_, b) = loaded["generated"], loaded["real"]
     if min(len(a), len(b)) < 2:
         raise UserError("a distance needs at least two pictures in each folder")
     kid, frechet = kernel_distance(a, b), frechet_distance(a, b)
     print(f"{len(a)} generated, {len(b)} real: KID x1000 {kid:.3f}, Frechet {frechet:.2f}")
-    accuracy = class_accuracy(a, classes["generated"], b, classes["real"])
+    accuracy = class_accuracy(a, names["generated"], b, names["real"])
     if accuracy is not None:
         print(f"class accuracy {accuracy:.3f}")
     if "training" in loaded:

@@ -231,9 +231,8 @@ def test_a_page_names_files_that_exist(page):
 
 @pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])
 def test_a_page_names_flags_that_exist(page):
-    def flags_of(*scripts):
-        source = "".join((ROOT / script).read_text("utf-8") for script in scripts)
-        return {"--help", *re.findall(r'"(--[\w-]+)"', source)}
+    def flags_of(script):
+        return {"--help", *re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text("utf-8"))}
 
     of_training = flags_of("train.py")
     of_training |= {"--" + name.lower().replace("_", "-") for name in train.SETTINGS}
