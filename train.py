@@ -102,6 +102,7 @@ SMALL = {  # photographs, and a network that two CPU cores train in two hours
     "STEPS": 25000,
     "BATCH_SIZE": 32,
     "LEARNING_RATE": 2e-3,
+    "DECAY_SHARE": 0.8,
     "CONV_DIM": 64,
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
