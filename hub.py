@@ -1,4 +1,4 @@
-"""What the Hub shows of a trained network: its card, and a grid of samples beside it."""
+"""What the Hub shows for a trained network: its card, and a grid of samples beside it."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ tags: [rectified-flow, diffusion-transformer, dit, image-generation]
 {widget}---
 # nanoDiT
 
-A class-conditional diffusion transformer on pixels, trained by nanoDiT on {dataset}: {classes}
+A class-conditional diffusion transformer on pixels, trained with nanoDiT on {dataset}: {classes}
 classes, {size}x{size} pixels, {millions:.2f} M parameters.{figures}
 {picture}
 To sample from it: `python sample.py --checkpoint <the id of this repository> --class-id 0`
@@ -28,34 +28,36 @@ WIDGET = """widget:
 """
 
 
-def make_card(model, folder):
-    """The README.md of a model. folder: of the run that it was loaded from, or None; a run has
-    figures of its own, and grids of samples."""
-    has_grid = last_grid(folder) is not None
+def make_card(model, run):
+    """The README.md of a model. run: the folder of the run that it comes from, or None; the card
+    shows the run's last figures and newest grid."""
+    has_grid = last_grid(run) is not None
     text = CARD.format(
         widget=WIDGET if has_grid else "",
-        dataset=model.dataset,
+        dataset=model.dataset or "pictures",
         classes=model.num_classes,
         size=model.image_size,
         millions=sum(weight.numel() for weight in model.parameters()) / 1e6,
-        figures=last_figures(folder),
+        figures=last_figures(run),
         picture="\n![samples](grid.png)\n" if has_grid else "",
     )
     return ModelCard(text)
 
 
-def last_grid(folder):
+def last_grid(run):
     """The newest grid of a run, or None."""
-    grids = sorted(Path(folder, "samples").glob("step-*.png")) if folder else []
-    return grids[-1] if grids else None
+    grids = Path(run, "samples").glob("step-*.png") if run else []
+    # From a million steps on, names are longer.
+    return max(grids, key=lambda path: (len(path.name), path.name), default=None)
 
 
-def last_figures(folder):
-    """The last row of a run's log, as a sentence; nothing without a log."""
-    if folder is None or not Path(folder, "log.csv").is_file():
+def last_figures(run):
+    """The last row of a run's log, as a sentence; nothing without a log. A row that was cut short,
+    as on a full disk, does not count."""
+    if run is None or not Path(run, "log.csv").is_file():
         return ""
-    with open(Path(folder, "log.csv"), encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    with open(Path(run, "log.csv"), encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
     if not rows:
         return ""
     row = rows[-1]

@@ -1,11 +1,11 @@
-"""A page in the browser on which pictures come out of the noise.
+"""A web page on which you can watch pictures come out of the noise.
 
     pip install gradio
     python experiments/demo.py                                  # the network in assets/butterflies
     python experiments/demo.py --checkpoint you/butterflies     # a folder or a Hub id
 
-It runs as a Space of Hugging Face as it is: push the repository there, with this at the beginning
-of its README.md:
+It also runs, unchanged, as a Hugging Face Space: push the repository there, with this at the top of
+its README.md:
 
     ---
     title: nanoDiT
@@ -14,12 +14,15 @@ of its README.md:
     ---
 """
 
+import math
 import queue
+import shlex
 import sys
 import threading
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
@@ -27,46 +30,64 @@ import sample  # noqa: E402
 from model import UserError  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[1] / "assets" / "butterflies"
-MOST_PICTURES = 16
-SIDE = 192  # at least so many pixels for a picture on the page, as 64 are too small to look at
+MAX_PICTURES = 16  # at once; no more than sample.MAX_BATCH, so that they are one batch
+SIDE = 192  # a picture has at least so many pixels on the page, as 64 are too small to look at
+MAX_SEED = 2**32 - 1
 
 
 def import_gradio():
-    """Gradio, which is in no requirement. Raises UserError if it is missing."""
+    """Gradio, which requirements.txt does not list. Raises UserError if it is missing."""
     try:
         import gradio
     except ImportError as error:
-        raise UserError("the page needs gradio: pip install gradio") from error
+        raise UserError(f"the page needs gradio: pip install -U gradio ({error})") from error
     return gradio
 
 
 def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
-    """Yield a PIL image of all pictures for the noise and after every step."""
+    """Yield a PIL image with all the pictures: first the noise, then the result of each step.
+
+    sample.generate() reports its steps to a function. It runs in a thread of its own, which puts
+    them into a queue, so that they can be yielded here as they come.
+    """
     states = queue.Queue()
+    abandoned = threading.Event()  # set when nobody looks any more, as when the page is closed
+
+    def record(z):
+        if abandoned.is_set():
+            raise InterruptedError  # ends the thread
+        states.put(z)
 
     def run():
         class_ids = torch.full((num_images,), class_id)
         try:
-            for _ in sample.generate(model, class_ids, seed, steps, cfg_scale, states.put):
+            for _ in sample.generate(model, class_ids, seed, steps, cfg_scale, record):
                 pass
-        finally:
             states.put(None)
+        except Exception as error:
+            states.put(error)
 
-    threading.Thread(target=run).start()
-    for z in iter(states.get, None):
-        yield sample.to_grid(sample.to_uint8(z), columns=min(num_images, 4))
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        for z in iter(states.get, None):
+            if isinstance(z, Exception):
+                raise z
+            yield sample.to_grid(sample.to_uint8(z), columns=min(num_images, 4))
+    finally:
+        abandoned.set()
 
 
 def enlarged(grid, image_size):
-    """A grid with every pixel as a square, as a browser would blur it."""
-    factor = max(1, SIDE // image_size)
-    return grid.resize((grid.width * factor, grid.height * factor), resample=0)
+    """A grid with each pixel enlarged to a square; a browser would blur it instead."""
+    factor = math.ceil(SIDE / image_size)
+    size = (grid.width * factor, grid.height * factor)
+    return grid.resize(size, Image.Resampling.NEAREST)
 
 
 def command(checkpoint, class_id, num_images, steps, cfg_scale, seed):
     """The command line that makes the same pictures."""
     return (
-        f"python sample.py --checkpoint {checkpoint} --class-id {class_id} "
+        f"python sample.py --checkpoint {shlex.quote(str(checkpoint))} --class-id {class_id} "
         f"--num-images {num_images} --steps {steps} --cfg-scale {cfg_scale:g} --seed {seed}"
     )
 
@@ -76,30 +97,35 @@ def build_page(model, checkpoint):
     gradio = import_gradio()
 
     def on_click(class_id, num_images, steps, cfg_scale, seed):
+        seed = seed or 0  # the field may be empty
         settings = int(class_id), int(num_images), int(steps), float(cfg_scale), int(seed)
         line = command(checkpoint, *settings)
-        busy, ready = gradio.Button(interactive=False), gradio.Button(interactive=True)
         for grid in grids_on_the_way(model, *settings):
-            yield enlarged(grid, model.image_size), line, busy
-        yield gradio.skip(), line, ready
+            yield enlarged(grid, model.image_size), line
 
-    with gradio.Blocks(title="nanoDiT", analytics_enabled=False) as page:
+    # Pictures that are older than ten minutes are deleted: each step leaves one in gradio's cache.
+    options = {"analytics_enabled": False, "delete_cache": (600, 600)}
+    with gradio.Blocks(title="nanoDiT", **options) as page:
         gradio.Markdown("# nanoDiT\nPictures out of noise, by a diffusion transformer.")
         with gradio.Row():
             with gradio.Column(scale=1):
                 choices = [(name, class_id) for class_id, name in enumerate(model.class_names)]
-                class_id = gradio.Dropdown(choices, value=0, label="class")
-                guidance = gradio.Slider(1, 8, model.cfg_scale, step=0.5, label="guidance")
+                class_menu = gradio.Dropdown(choices, value=0, label="class")
+                low, high = min(1, model.cfg_scale), max(8, model.cfg_scale)
+                guidance = gradio.Slider(low, high, model.cfg_scale, step=0.1, label="guidance")
                 steps = gradio.Slider(1, 100, sample.DEFAULT_STEPS, step=1, label="Euler steps")
-                count = gradio.Slider(1, MOST_PICTURES, 4, step=1, label="pictures")
-                seed = gradio.Number(0, label="seed", precision=0, minimum=0)
+                count = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="pictures")
+                seed = gradio.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
                 button = gradio.Button("Sample", variant="primary")
             with gradio.Column(scale=2):
                 grid = gradio.Image(label="pictures", type="pil", format="png", interactive=False)
                 line = gradio.Code(
                     label="the same on the command line", language="shell", wrap_lines=True
                 )
-        button.click(on_click, [class_id, count, steps, guidance, seed], [grid, line, button])
+        # The button rests while pictures come, and is back after an error, too.
+        busy = button.click(lambda: gradio.Button(interactive=False), None, button)
+        done = busy.then(on_click, [class_menu, count, steps, guidance, seed], [grid, line])
+        done.then(lambda: gradio.Button(interactive=True), None, button)
     return page
 
 
@@ -107,8 +133,11 @@ def main():
     parser = common.new_parser(__doc__)
     text = "a folder or a Hub id (default: assets/butterflies)"
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="MODEL", help=text)
-    parser.add_argument("--port", type=common.int_in_range(1, 65535), default=7860, metavar="N")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
+    number = common.int_in_range(1, 65535)
+    text = "of the page (default: %(default)s)"
+    parser.add_argument("--port", type=number, default=7860, metavar="N", help=text)
+    text = "auto, cuda, mps or cpu (default: %(default)s)"
+    parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     flags = parser.parse_args()
     model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
     shown = flags.checkpoint
@@ -118,7 +147,7 @@ def main():
     try:
         page.launch(server_port=flags.port, show_error=True)
     except OSError as error:
-        raise UserError(f"cannot serve on port {flags.port}: name another --port") from error
+        raise UserError(f"cannot serve on port {flags.port}: choose another with --port") from error
 
 
 if __name__ == "__main__":

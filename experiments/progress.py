@@ -2,8 +2,7 @@
 
     python experiments/progress.py out --steps 1000 2000 4000 8000
 
-Cuts the first row out of these grids in samples/, and writes them to progress.png, one below the
-other.
+Takes the first row of each of those steps' grids in samples/, and stacks the rows in progress.png.
 """
 
 import json
@@ -16,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 from model import UserError  # noqa: E402
 
-BORDER = 2  # pixels between the pictures of a grid
+BORDER = 2  # pixels between the pictures of a grid: the padding of torchvision's make_grid
 
 
 def first_rows(grids, image_size):
-    """One PIL image of the first rows of pictures of all grids."""
+    """The first row of each grid, as one PIL image."""
     height = image_size + BORDER
     rows = Image.new("RGB", (grids[0].width, len(grids) * height + BORDER))
     for number, grid in enumerate(grids):
@@ -31,16 +30,24 @@ def first_rows(grids, image_size):
 def main():
     parser = common.new_parser(__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
-    text = "those of a multiple of SAMPLE_EVERY have a grid"
+    text = "steps that have a grid in samples/: multiples of SAMPLE_EVERY, and the last"
     parser.add_argument("--steps", type=int, nargs="+", required=True, metavar="N", help=text)
-    parser.add_argument("--output", type=Path, default=Path("progress.png"), metavar="PNG")
+    text = "the picture (default: %(default)s)"
+    output = Path("progress.png")
+    parser.add_argument("--output", type=Path, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
+    if flags.output.suffix.lower() != ".png":
+        parser.error(f"--output {flags.output} is not the name of a .png file")
+    config_file = flags.run / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"no run in {flags.run}: {config_file} does not exist")
     paths = [flags.run / "samples" / f"step-{step:06}.png" for step in flags.steps]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} does not exist: --steps {text}")
-    image_size = json.loads((flags.run / "config.json").read_text("utf-8"))["image_size"]
+            raise UserError(f"{path} does not exist: choose --steps that have a grid there")
+    image_size = json.loads(config_file.read_text("utf-8"))["image_size"]
     rows = first_rows([Image.open(path) for path in paths], image_size)
+    common.make_folder(flags.output.parent)
     common.save_picture(rows, flags.output)
     print(flags.output)
 

@@ -1,13 +1,17 @@
-"""A trained network in half precision, to be shared: half the size, the same pictures.
+"""Save a trained network in half precision, for sharing: half the size, the same pictures.
 
     python experiments/shrink.py out assets/butterflies --cfg-scale 4
 
-Writes weights, config and card, with the last grid of the run. sample.py reads it as any other.
+Writes weights, config and card, with the last grid of the run. sample.py loads it
+like any other.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
@@ -18,20 +22,28 @@ def main():
     parser = common.new_parser(__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("output", type=Path, help="a folder that does not exist yet")
-    text = "the guidance that sample.py is to use with it (default: that of the run)"
+    text = "the guidance that sample.py then uses by default (default: that of the run)"
     parser.add_argument("--cfg-scale", type=common.parse_finite, metavar="W", help=text)
     flags = parser.parse_args()
     if flags.output.exists():
-        raise UserError(f"{flags.output} exists: name another folder")
+        raise UserError(f"{flags.output} exists: choose another folder")
+    if not flags.run.is_dir():
+        raise UserError(f"{flags.run} is not a folder")
 
     weights = common.load_model(flags.run).state_dict()
     config = json.loads((flags.run / "config.json").read_text("utf-8"))
     if flags.cfg_scale is not None:
         config["cfg_scale"] = flags.cfg_scale
-    model = DiT(**config)
+    model = DiT(**config)  # what is saved is the arguments of this call
     model.load_state_dict(weights)
-    model.folder = flags.run
-    model.half().save_pretrained(flags.output)
+    model.folder = flags.run  # for the card, which shows the run's figures and grid
+    beside = flags.output.with_name(f".writing-{flags.output.name}")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        model.half().save_pretrained(beside)
+        common.replace(beside, flags.output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {flags.output}: {error}") from error
     print(flags.output)
 
 

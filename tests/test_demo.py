@@ -2,15 +2,20 @@
 playwright or Chromium is missing; none of them is a requirement."""
 
 import io
+import shlex
 import shutil
 import socket
+import threading
 import time
 import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT, refused, start
+from conftest import ROOT, call, refused, start
 from PIL import Image
+
+from common import load_model
+from experiments.demo import command, grids_on_the_way
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LAPTOP = ROOT / "assets" / "laptop"
@@ -22,7 +27,31 @@ def test_a_bad_checkpoint_or_a_missing_gradio_is_one_line(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     extra = {"PYTHONPATH": str(tmp_path)}
     line = refused("experiments/demo.py", "--checkpoint", LAPTOP, cwd=tmp_path, **extra)
-    assert "pip install gradio" in line
+    assert "pip install -U gradio" in line
+
+
+def test_an_error_while_sampling_is_not_lost():
+    frames = grids_on_the_way(load_model(LAPTOP), 75 + 1, 2, steps=3, cfg_scale=3.0, seed=0)
+    with pytest.raises(IndexError):  # no such class
+        list(frames)
+
+
+def test_sampling_ends_when_nobody_looks_any_more():
+    before = set(threading.enumerate())
+    frames = grids_on_the_way(load_model(LAPTOP), 3, 1, steps=100_000, cfg_scale=3.0, seed=0)
+    next(frames)
+    (sampling,) = set(threading.enumerate()) - before
+    frames.close()
+    sampling.join(timeout=30)
+    assert not sampling.is_alive()
+
+
+def test_the_command_can_be_pasted(tmp_path):
+    (tmp_path / "my network").symlink_to(LAPTOP)
+    line = command("my network", 3, num_images=1, steps=2, cfg_scale=1.0, seed=4)
+    assert shlex.split(line)[:2] == ["python", "sample.py"]
+    call("sample.py", *shlex.split(line)[2:], cwd=tmp_path)
+    assert (tmp_path / "samples" / "class-3-seed-4.png").exists()
 
 
 def free_port():

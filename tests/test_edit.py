@@ -237,7 +237,7 @@ BUGS = {
     ),
     "a ValueError in the model card": (
         "hub.py",
-        "    has_grid = last_grid(folder) is not None\n",
+        "    has_grid = last_grid(run) is not None\n",
         "planted = int('many')",
         "ValueError",
     ),

@@ -173,7 +173,7 @@ def test_what_is_pushed_samples_the_same_and_has_a_card(trained, tmp_path):
     with open(trained / "out" / "log.csv") as file:
         loss = float(list(csv.DictReader(file))[-1]["val_loss"])
     assert f"After 30 steps the held-out loss was {loss:.4f}." in card.content
-    assert "trained by nanoDiT on pictures: 3\nclasses" in card.content
+    assert "trained with nanoDiT on pictures: 3\nclasses" in card.content
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
@@ -186,6 +186,19 @@ def test_weights_are_as_readable_as_other_files(tmp_path, umask, mode):
         os.umask(before)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+def test_a_card_shows_the_newest_grid_and_the_last_whole_row(trained, tmp_path):
+    run = tmp_path / "out"
+    shutil.copytree(trained / "out", run)
+    (run / "samples" / "step-999999.png").write_bytes(b"older")
+    (run / "samples" / "step-1000000.png").write_bytes(b"newest")
+    with open(run / "log.csv", "a") as log:
+        log.write("40,0.1")  # cut short
+    model = DiT.from_pretrained(run)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "grid.png").read_bytes() == b"newest"
+    assert "After 30 steps" in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_a_card_without_a_run_names_no_picture(tmp_path):

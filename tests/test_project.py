@@ -131,6 +131,10 @@ def test_progress_shows_the_first_row_of_each_grid(tmp_path):
         assert rows.size == (38, 38)
         assert rows.getpixel((3, 3)) == (255, 0, 0) and rows.getpixel((30, 34)) == (0, 0, 255)
     assert "step-000007.png" in refused(*command, 7, cwd=tmp_path)
+    assert "rows.jpg" in refused(*command, 5, "--output", "rows.jpg", cwd=tmp_path)
+    call(*command, 5, "--output", "new/rows.png", cwd=tmp_path)
+    assert (tmp_path / "new" / "rows.png").exists()
+    assert "no run in samples" in refused(command[0], "samples", "--steps", 5, cwd=tmp_path)
 
 
 def test_the_figure_of_the_method_is_of_the_method(tmp_path):
@@ -213,6 +217,12 @@ def test_a_network_in_half_precision_is_half_as_large_and_samples_the_same(train
             pictures.append(pil_to_tensor(image).float())
     assert (pictures[0] - pictures[1]).abs().mean() < 2
     assert "exists" in refused("experiments/shrink.py", *flags, cwd=tmp_path)
+    line = refused("experiments/shrink.py", "you/butterflies", "new", cwd=tmp_path)
+    assert "you/butterflies is not a folder" in line
+    (tmp_path / "file").touch()
+    line = refused("experiments/shrink.py", trained / "out", "file/new", cwd=tmp_path)
+    assert "cannot write file/new" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "file", "half"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])

@@ -1,10 +1,12 @@
 """experiments/sampling.py: its ways to sample, against closed forms, and the table it writes."""
 
 import math
+import shutil
 import sys
 
 import pytest
 import torch
+from conftest import refused
 
 import sample
 from experiments import sampling
@@ -104,3 +106,13 @@ def test_renoised_pictures_come_back_along_the_true_velocity(t):
     noised = renoise(still, x, classes, t, seed=3)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(noised, (1 - t) * x + t * noise)
+
+
+def test_renoise_refuses_what_it_cannot_compare(trained, pictures, tmp_path):
+    command = ["experiments/renoise.py", trained / "out", "--dataset", pictures, "--held-out"]
+    assert "the same folder" in refused(*command, pictures, cwd=tmp_path)
+    pytest.importorskip("efficientnet_lite_pytorch")
+    one = tmp_path / "one" / "class"
+    one.mkdir(parents=True)
+    shutil.copy(next(pictures.rglob("*.png")), one)
+    assert "at least two" in refused(*command, tmp_path / "one", cwd=tmp_path)
