@@ -2,8 +2,8 @@
 
     python experiments/shrink.py out assets/butterflies --cfg-scale 4
 
-Writes weights, config and card, with the last grid of the run. sample.py loads it
-like any other.
+Writes weights, config and card, with the last grid of the run. sample.py loads it like
+any other.
 """
 
 import json
