@@ -157,6 +157,14 @@ def int_in_range(lowest, highest=2**63 - 1):
     return parse_int
 
 
+def parse_png(text):
+    """Parse a flag: the path of a .png file, which need not exist."""
+    path = Path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
+    return path
+
+
 def add_setting_flags(parser, settings, source_file):
     """Add a flag for each of the settings {name: default}: --batch-size for BATCH_SIZE. Groups and
     help texts are the sections and the comments of the file that assigns them."""

@@ -116,15 +116,12 @@ def parse_flags():
 
     group = parser.add_argument_group("what to write")
     text = "the grid (default: samples/class-<ids>-seed-<seed>.png)"
-    group.add_argument("--output", type=Path, metavar="PNG", help=text)
+    group.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
     group.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     text = "also every picture, as DIR/<class name>/<n>.png"
     group.add_argument("--save-images", type=Path, metavar="DIR", help=text)
 
-    flags = parser.parse_args()
-    if flags.output and (flags.output.suffix.lower() != ".png" or flags.output.is_dir()):
-        parser.error(f"--output {flags.output} is not the name of a .png file")
-    return flags
+    return parser.parse_args()
 
 
 def chosen_classes(flags, class_names):

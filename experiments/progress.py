@@ -33,11 +33,9 @@ def main():
     text = "steps that have a grid in samples/: multiples of SAMPLE_EVERY, and the last"
     parser.add_argument("--steps", type=int, nargs="+", required=True, metavar="N", help=text)
     text = "the picture (default: %(default)s)"
-    output = Path("progress.png")
-    parser.add_argument("--output", type=Path, default=output, metavar="PNG", help=text)
+    parse, default = common.parse_png, Path("progress.png")
+    parser.add_argument("--output", type=parse, default=default, metavar="PNG", help=text)
     flags = parser.parse_args()
-    if flags.output.suffix.lower() != ".png":
-        parser.error(f"--output {flags.output} is not the name of a .png file")
     config_file = flags.run / "config.json"
     if not config_file.is_file():
         raise UserError(f"no run in {flags.run}: {config_file} does not exist")

@@ -20,7 +20,7 @@ import common  # noqa: E402
 import sample  # noqa: E402
 from data.images import load_images  # noqa: E402
 from experiments.sampling import BASE, integrate  # noqa: E402
-from experiments.score import SIZE, features, kernel_distance  # noqa: E402
+from experiments.score import SIZE, features, kernel_distance, resized  # noqa: E402
 from model import UserError  # noqa: E402
 
 TIMES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -62,16 +62,13 @@ def main():
         raise UserError("--dataset and --held-out are the same folder: compare with other pictures")
     first = torch.cat([(labels == i).nonzero()[: flags.each, 0] for i in labels.unique()])
     held_out = load_images(flags.held_out, SIZE)[0]
-    if min(len(first), len(held_out)) < 2:
-        raise UserError("a distance needs at least two pictures in each folder")
     x, y = images[first].float() / 127.5 - 1, labels[first]
     real = features(held_out)
     print(f"{len(x)} pictures, {len(real)} held-out ones")
 
     def report(what, pictures):
-        pictures = sample.to_uint8(pictures).float()
-        pictures = F.interpolate(pictures, SIZE, mode="bicubic", antialias=True).clamp(0, 255)
-        print(f"{what}: KID {kernel_distance(features(pictures), real):.0f}", flush=True)
+        kid = kernel_distance(features(resized(sample.to_uint8(pictures))), real)
+        print(f"{what}: KID {kid:.0f}", flush=True)
 
     report("as they are", x)
     for factor in (2, 4):

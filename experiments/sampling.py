@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
@@ -28,7 +27,7 @@ from data.drawn import draw_butterflies  # noqa: E402
 from data.images import load_images  # noqa: E402
 from experiments.ablations import check_only, read_rows, write_row  # noqa: E402
 from experiments.plot_loss import pyplot  # noqa: E402
-from experiments.score import SIZE, features, kernel_distance  # noqa: E402
+from experiments.score import SIZE, features, kernel_distance, resized  # noqa: E402
 
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
 ROWS = {
@@ -170,9 +169,7 @@ def main():
                 )
                 real = features(images)
             pictures, runs = samples(model, flags.samples, seed, **{**BASE, **ROWS[name]})
-            pictures = F.interpolate(pictures.float(), SIZE, mode="bicubic", antialias=True)
-            pictures = pictures.clamp(0, 255)
-            kid = kernel_distance(features(pictures), real)
+            kid = kernel_distance(features(resized(pictures)), real)
             row = dict(zip(COLUMNS, (*key, runs, f"{kid:.1f}")))
             print(row, flush=True)
             write_row(row, path, COLUMNS)

@@ -58,11 +58,20 @@ def features(images):
     return torch.cat(seen).double()
 
 
+def resized(pictures):
+    """Pictures (N,3,S,S) of any size, 0 to 255, at the size at which they are compared."""
+    pictures = F.interpolate(pictures.float(), SIZE, mode="bicubic", antialias=True)
+    return pictures.clamp(0, 255)
+
+
 def kernel_distance(a, b):
     """Squared maximum mean discrepancy of features (N, D) and (M, D), unbiased, x 1000: a float.
 
     Mean of k(a, a') + k(b, b') - 2 k(a, b) over pairs of different pictures, k = (x.y / D + 1)^3.
+    Raises UserError if there are fewer than two on either side.
     """
+    if min(len(a), len(b)) < 2:
+        raise UserError("a distance needs at least two pictures in each folder")
 
     def k(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -142,8 +151,6 @@ def main():
             loaded[name] = images, features(images)
             names[name] = [class_names[label] for label in labels]
     (_, a), (_, b) = loaded["generated"], loaded["real"]
-    if min(len(a), len(b)) < 2:
-        raise UserError("a distance needs at least two pictures in each folder")
     kid, frechet = kernel_distance(a, b), frechet_distance(a, b)
     print(f"{len(a)} generated, {len(b)} real: KID x1000 {kid:.3f}, Frechet {frechet:.2f}")
     accuracy = class_accuracy(a, names["generated"], b, names["real"])
