@@ -8,7 +8,8 @@ Rows differ in steps, guidance scale, the interval of t within which guidance ac
 al. 2024, arXiv 2404.07724), the spacing of the steps (shifted as in Esser et al. 2024, arXiv
 2403.03206: above 1 more of them near the noise, below 1 near the data), and in the method: Heun's
 takes the mean of the velocities at both ends of a step, for twice the evaluations. A finished row
-is kept in experiments/sampling.csv and not run again; sampling-<model>.md and .png show all rows.
+is kept in experiments/sampling.csv, with a checksum of the network's weights, and not run again;
+sampling-drawn.md or sampling-photographs.md, and .png, show all rows of the network.
 
 evaluations: how often the network runs for a picture, 2 a step with guidance. kid: kernel distance
 (experiments/score.py) of the samples to pictures that were not trained on.
@@ -16,6 +17,7 @@ evaluations: how often the network runs for a picture, 2 a step with guidance. k
 
 import statistics
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -45,7 +47,8 @@ ROWS = {
     "Heun, 6 steps": {"steps": 6, "heun": True},
     "Heun, 12 steps": {"steps": 12, "heun": True},
 }
-COLUMNS = ["model", "row", "samples", "seed", "evaluations", "kid"]
+KEY = ["pictures", "weights", "row", "samples", "seed"]
+COLUMNS = [*KEY, "evaluations", "kid"]
 
 
 def integrate(model, class_ids, noise, steps, scale, interval, shift, heun, start=1.0):
@@ -83,9 +86,18 @@ def samples(model, each, seed, **way):
     pictures, size = [], model.image_size
     for y in classes.split(sample.MAX_BATCH):
         noise = torch.randn(len(y), 3, size, size, generator=generator)
-        x, runs = integrate(model, y, noise, **way)
+        with common.autocast(noise.device):
+            x, runs = integrate(model, y, noise, **way)
         pictures.append(sample.to_uint8(x))
     return torch.cat(pictures), runs
+
+
+def checksum(model):
+    """A number, as text, that tells networks apart by their weights."""
+    value = 0
+    for weight in model.state_dict().values():
+        value = zlib.crc32(weight.numpy().tobytes(), value)
+    return f"{value:08x}"
 
 
 def grouped(rows):
@@ -154,11 +166,12 @@ def main():
     pyplot()  # if it is missing, now is the time to say so
     model = common.load_model(flags.checkpoint).eval()
     path, kind = flags.output / "sampling.csv", "drawn" if flags.drawn else "photographs"
-    known = {tuple(row[name] for name in COLUMNS[:4]) for row in read_rows(path)}
+    weights = checksum(model)
+    known = {tuple(row[name] for name in KEY) for row in read_rows(path)}
     real = None
     for seed in flags.seeds:
         for name in flags.only or ROWS:
-            key = kind, name, str(flags.samples * model.num_classes), str(seed)
+            key = kind, weights, name, str(flags.samples * model.num_classes), str(seed)
             if key in known:
                 continue
             if real is None:
@@ -173,7 +186,7 @@ def main():
             row = dict(zip(COLUMNS, (*key, runs, f"{kid:.1f}")))
             print(row, flush=True)
             write_row(row, path, COLUMNS)
-    rows = [row for row in read_rows(path) if row["model"] == kind]
+    rows = [row for row in read_rows(path) if (row["pictures"], row["weights"]) == (kind, weights)]
     write_table(rows, flags.output / f"sampling-{kind}.md")
     draw_plot(rows, flags.output / f"sampling-{kind}.png")
 

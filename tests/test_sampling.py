@@ -12,7 +12,7 @@ import sample
 from experiments import sampling
 from experiments.renoise import renoise
 from experiments.sampling import BASE, integrate
-from model import UserError
+from model import DiT, UserError
 
 
 class Growth:
@@ -81,6 +81,16 @@ def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path, monkeypatch
     assert (tmp_path / "sampling-photographs.png").stat().st_size > 5000
     sampling.main()
     assert "'row'" not in capsys.readouterr().out  # nothing is sampled twice
+
+    # Another network has rows of its own, and its table shows no others.
+    other = DiT.from_pretrained(trained / "out")
+    other.patch_embedding.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", ["sampling.py", str(tmp_path / "other"), *map(str, run[2:-1])])
+    sampling.main()
+    assert capsys.readouterr().out.count("'row'") == 1
+    assert len((tmp_path / "sampling-photographs.md").read_text().splitlines()) == 3
+
     monkeypatch.setattr(sys, "argv", [*map(str, run), "77 steps"])
     with pytest.raises(UserError, match="12 steps"):
         sampling.main()
