@@ -250,6 +250,13 @@ def pick_device(name):
     return device
 
 
+def to_device(tensors, device):
+    """Tensors of the CPU on the device. From pinned memory, a GPU copies them while it computes."""
+    if device.type == "cuda":
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
 def computes_in_bf16(device):
     """Whether the device has instructions for bfloat16, which is slow where it is imitated."""
     if device.type == "cuda":
@@ -284,6 +291,9 @@ def start_process(device, batch_size):
         backend = "gloo"
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            gpus = torch.cuda.device_count()
+            if device.index >= gpus:
+                raise UserError(f"more processes than GPUs ({gpus}) here: lower --nproc_per_node")
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"  # train.py reduces tensors on the CPU, too
         dist.init_process_group(backend)
@@ -316,11 +326,11 @@ def compile_model(model, loss, uneven):
     uneven: whether batches will differ in size; then the code is made for any size.
     """
     begin = time.perf_counter()
-    model.forward = torch.compile(model.forward, dynamic=uneven or None)
     try:
+        model.forward = torch.compile(model.forward, dynamic=uneven or None)
         loss().backward()
     except RuntimeError as error:  # an error in the model's own code comes again, uncompiled
-        del model.forward  # what is left is the method of its class
+        vars(model).pop("forward", None)  # what is left is the method of its class
         reason = " ".join(str(error).split())[:200]
         message = "torch.compile failed, and the run goes on without it; --compile off avoids this"
         print(f"warning: {message} ({reason})", file=sys.stderr)
@@ -404,6 +414,8 @@ def print_summary(model, val_mask, flops, device, precision):
     print(
         f"{model.num_classes} classes, {len(val_mask)} pictures, {val_mask.sum()} of them held out"
     )
+    if not val_mask.any():
+        print("too few to hold any out: the held-out loss is of pictures that are trained on")
     print(f"classes: {', '.join(names)}")
     print(f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP per image", end=", ")
     print(f"on {device} in {'bf16' if uses_bf16(device, precision) else 'fp32'}")
@@ -416,6 +428,15 @@ def make_folder(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error}") from error
+
+
+def delete_files(paths):
+    """Delete files. Raises UserError on failure."""
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot delete {path}, which would be overwritten: {error}") from error
 
 
 def replace(source, target):
@@ -528,9 +549,9 @@ class Log:
             if last_step == 0:
                 path.unlink(missing_ok=True)
             elif path.exists():
-                header, *rows = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-                kept = [header]
-                for row in rows:
+                lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+                kept = lines[:1]  # the header; nothing if the disk was full
+                for row in lines[1:]:
                     step = row.split(",")[0]
                     if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
                         kept.append(row)
@@ -545,7 +566,7 @@ class Log:
         header = ",".join(row) + "\n"
         self.waiting.append(",".join(row.values()) + "\n")
         try:
-            if not self.path.exists():
+            if not self.path.exists() or self.path.stat().st_size == 0:
                 self.path.write_text(header, "utf-8")
             with open(self.path, encoding="utf-8") as file:
                 if file.readline() != header:
@@ -572,7 +593,9 @@ def list_files(repo_id):
     """The names of all files of a data set on the Hub; [] if the Hub cannot say: download() has a
     cache, and a message."""
     try:
-        return HfApi().list_repo_files(repo_id, repo_type="dataset")
+        # Not list_repo_files(), which tries for half a minute if there is no network.
+        info = HfApi().dataset_info(repo_id, revision="main")
+        return [file.rfilename for file in info.siblings]
     except (HTTPError, OSError, ValueError):
         return []
 

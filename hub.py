@@ -61,7 +61,11 @@ def last_figures(run):
     if not rows:
         return ""
     row = rows[-1]
-    return f"\nAfter {int(row['step']):,} steps the held-out loss was {float(row['val_loss']):.4f}."
+    try:
+        step, loss = int(row["step"]), float(row["val_loss"])
+    except (KeyError, ValueError):  # the log of another program
+        return ""
+    return f"\nAfter {step:,} steps the held-out loss was {loss:.4f}."
 
 
 def complete(folder, run):

@@ -1,13 +1,12 @@
 """The network of nanoDiT: a class-conditional diffusion transformer (DiT) on pixels, without a VAE.
 
 - Transformer blocks with adaLN-zero, as in DiT (Peebles & Xie 2022, arXiv 2212.09748).
-- Large patches of pixels, from which the network predicts the clean picture x (Li & He 2025,
-  arXiv 2511.13720). forward() turns that prediction into the velocity.
+- x-prediction on large patches of pixels (Li & He 2025, arXiv 2511.13720): the network predicts
+  the clean picture x, which forward() turns into the velocity.
 - Optional convolutions before and after the transformer, which draw detail and hide the seams
   between patches (after Chen et al. 2025, arXiv 2511.18822).
 - Learned position embeddings.
-- Queries and keys are normalised before attention, as in Henry et al. (2020, arXiv 2010.04245), but
-  by layer norm.
+- QK-norm (Henry et al. 2020, arXiv 2010.04245), by layer norm.
 - No dropout, and no parameters in the norms: adaLN scales the tokens instead.
 
 Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
@@ -41,7 +40,7 @@ def modulate(x, shift, scale):
 
 class ConvNet(nn.Module):
     """A stack of 3x3 convolutions with channels[0] channels going in, then channels[1], and so on.
-    All but the last are modulated by the condition c (B, dim), as in Block, and pass a GELU."""
+    All but the last are scaled and shifted by the condition c (B, dim), and pass a GELU."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -62,8 +61,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        # Products of normalised queries and keys are bounded, which limits how sharp attention can
-        # be: each head learns a factor.
+        # QK-norm bounds the products of queries and keys, and with them how sharp attention can be:
+        # each head learns by how much to scale them.
         self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -76,8 +75,8 @@ class Attention(nn.Module):
         k = norm(k)
         v = v.contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
         if q.is_cpu and T <= 256:
-            # Written out, because bf16 training is then up to 1.5 times as fast. The factor is on
-            # q: torch.compile would replace softmax(q k^T * factor) v by the slower call below.
+            # Written out: bf16 training is then up to 1.5 times as fast. 1/sqrt(D) multiplies q, as
+            # torch.compile would replace softmax(q k^T / sqrt(D)) v by the slower call below.
             q = q * (dim // self.heads) ** -0.5
             x = (q @ k.mT).softmax(dim=-1) @ v  # (B, H, T, D)
         else:
@@ -125,7 +124,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     cfg_scale: the guidance that suits this network; sample.py uses it unless told otherwise.
     conv_dim: channels of the convolutions before and after the blocks; 0 for a plain DiT.
 
-    Raises UserError if the sizes are impossible.
+    Raises UserError if the sizes or the class names are impossible.
     """
 
     def __init__(
@@ -149,25 +148,26 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.class_names = list(class_names)
         self.dataset = dataset
         self.cfg_scale = cfg_scale
-        self.folder = None  # the one that it was loaded from
+        self.folder = None  # the one that it was loaded from, for the model card
         self.num_classes = len(class_names)  # also the id of the null class: "no class given"
 
-        # The final linear layer draws each patch by itself, from the `dim` numbers of its token:
-        # outlines break at the seams, and fine detail is lost. With convolutions, a stem extracts
-        # features from the noisy picture, and the transformer works on patches of these. A head
-        # draws the clean picture from what the transformer adds and, as in a U-Net, from the
-        # features themselves. For even patch sizes both work on cells of 2 x 2 pixels, which is
-        # faster; patches of 8 x 8 pixels are then 4 x 4 cells.
+        # A plain DiT cuts the pixels themselves into patches, and its final layer draws each patch
+        # from its token alone: outlines break at the seams, and fine detail is lost. With conv_dim,
+        # a stem extracts features from the noisy picture, the transformer works on patches of
+        # these, and a head draws the clean picture from what the transformer adds and, as in a
+        # U-Net, from the features. If the patch size is even, stem and head convolve cells of 2 x 2
+        # pixels, which is faster; a patch of 8 x 8 pixels is then 4 x 4 cells.
         self.stem = self.head = None
-        self.cell = 2 if conv_dim > 0 and patch_size % 2 == 0 else 1  # its side in pixels
-        cell_dim = 3 * self.cell**2
-        features_dim = conv_dim if conv_dim > 0 else cell_dim
+        self.cell_size, features_dim = 1, 3  # of a plain DiT: a cell is a pixel, its features RGB
         if conv_dim > 0:
+            self.cell_size = 2 if patch_size % 2 == 0 else 1
+            features_dim, cell_dim = conv_dim, 3 * self.cell_size**2
             self.stem = ConvNet(dim, [cell_dim, conv_dim, conv_dim])
             self.head = ConvNet(dim, [2 * conv_dim, conv_dim, conv_dim, cell_dim])
-        self.cells = patch_size // self.cell  # in a row of a patch
+        self.cells_per_side = patch_size // self.cell_size  # of a patch
+        patch_dim = features_dim * self.cells_per_side**2
 
-        self.patch_embedding = nn.Linear(features_dim * self.cells**2, dim)
+        self.patch_embedding = nn.Linear(patch_dim, dim)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         # Starts at a standard deviation of 1. At DiT's 0.02, samples ignore their class for most
@@ -175,7 +175,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         self.class_embedding = nn.Embedding(self.num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_modulation = nn.Linear(dim, 2 * dim)
-        self.final_layer = nn.Linear(dim, features_dim * self.cells**2)
+        self.final_layer = nn.Linear(dim, patch_dim)
         self.initialize()
 
     def initialize(self):
@@ -201,11 +201,11 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
         c = F.silu(c)  # (B, dim)
 
-        # A plain DiT's features are the pixels; the stem's are (B, conv_dim, S/2, S/2).
-        features = self.stem(F.pixel_unshuffle(z, self.cell), c) if self.stem else z
+        # A plain DiT's features are the pixels; the stem's are (B, conv_dim, S/2, S/2) for even P.
+        features = self.stem(F.pixel_unshuffle(z, self.cell_size), c) if self.stem else z
 
-        # Patchify: every P x P patch becomes a token, of N features at first.
-        x = F.pixel_unshuffle(features, self.cells)  # (B, N, S/P, S/P)
+        # Patchify: every P x P patch becomes a token, of N = patch_dim features at first.
+        x = F.pixel_unshuffle(features, self.cells_per_side)  # (B, N, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T, N)
         x = self.patch_embedding(x) + self.positions  # (B, T, dim)
 
@@ -217,10 +217,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
         # Unpatchify, to the shape of the features.
         x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, N, S/P, S/P)
-        x = F.pixel_shuffle(x, self.cells)
+        x = F.pixel_shuffle(x, self.cells_per_side)
         if self.head:
             x = self.head(torch.cat([x, features], dim=1), c)
-            x = F.pixel_shuffle(x, self.cell)
+            x = F.pixel_shuffle(x, self.cell_size)
 
         # x (B, 3, S, S) is now the predicted clean picture. On the line from x to eps, z_t - x =
         # t (eps - x) = t v. The division is by the true t, so that the last Euler step, of length
@@ -262,9 +262,10 @@ def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):
         raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
     # A config.json may come from anywhere: refuse what would take gigabytes for its weights alone.
     # A block has 18 dim^2 of them: attention 4, MLP 8, modulation 6. The convolutions have about
-    # 57 conv_dim^2.
+    # 36 conv_dim^2, and their modulations 6 dim conv_dim.
     tokens = (image_size // patch_size) ** 2
-    weights = 18 * depth * dim**2 + 2 * max(3, conv_dim) * patch_size**2 * dim + 57 * conv_dim**2
+    weights = dim * (18 * depth * dim + 2 * max(3, conv_dim) * patch_size**2 + tokens)
+    weights += conv_dim * (36 * conv_dim + 6 * dim)
     if depth > 1000 or tokens > 100_000 or weights > 1e9:
         raise UserError(
             f"a network of DEPTH {depth} with {tokens:,} tokens and {weights:,} weights is too "

@@ -18,7 +18,6 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import common
-from common import autocast, load_model, pick_device
 from model import UserError
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
@@ -73,7 +72,7 @@ def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, reco
     for y in class_ids.split(batch_size):
         shape = (len(y), 3, model.image_size, model.image_size)
         noise = torch.randn(shape, generator=generator).to(device)
-        with autocast(device):
+        with common.autocast(device):
             x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, record)
         yield to_uint8(x)
 
@@ -138,19 +137,17 @@ def chosen_classes(flags, class_names):
 
 def main():
     flags = parse_flags()
-    model = load_model(flags.checkpoint).to(pick_device(flags.device))
+    model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
     if flags.list_classes:
         for class_id, name in enumerate(model.class_names):
             print(f"{class_id:4} {name}")
         return
 
-    # Which pictures: one row for each class; or, if no class was chosen, all of them in one block.
+    # Which pictures: a row for each class; or, if there is just one of every class, a block.
     chosen = chosen_classes(flags, model.class_names)
     per_class = flags.num_images or (4 if chosen else 1)
     class_ids = torch.tensor(chosen or range(model.num_classes)).repeat_interleave(per_class)
-    columns = None
-    if chosen or per_class > 1:
-        columns = per_class
+    columns = per_class if chosen or per_class > 1 else None
 
     # Where they go. What could be in the way is found out before the work begins.
     ids = "-".join(map(str, chosen[:8])) or "all"
@@ -179,8 +176,8 @@ def main():
     print(output)
     if flags.gif:
         gif = output.with_suffix(".gif")
-        states = [torch.cat(parts) for parts in zip(*states_per_batch)]  # one for every step
-        common.save_gif([to_grid(pictures, columns) for pictures in states], gif)
+        frames = [torch.cat(parts) for parts in zip(*states_per_batch)]  # one for every step
+        common.save_gif([to_grid(frame, columns) for frame in frames], gif)
         print(gif)
 
 

@@ -12,6 +12,7 @@ everything to its OUT_DIR.
 
 import argparse
 import copy
+import json
 import math
 import signal
 import sys
@@ -66,14 +67,14 @@ CFG_SCALE = 3.0  # guidance of the grids, and of sample.py with this network; 1 
 WARMUP_STEPS = 200  # learning rate warmup, capped at a tenth of the run
 DECAY_SHARE = 0.4  # last part of the run, over which the learning rate decays to zero
 
-# --- training times: t = sigmoid(T_MEAN + T_STD n), n normal (Esser et al., arXiv 2403.03206) ---
+# --- timesteps, logit-normal: t = sigmoid(T_MEAN + T_STD n), n normal (arXiv 2403.03206) ---
 T_MEAN = 0.4  # above 0 favours noisier pictures, in which shapes and colours are decided
 T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 
 # --- system ---
 SEED = 0  # seeds all random numbers
 DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
-PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the device computes in it
+PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the device computes in it; grids are always auto
 COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
 
 # Every upper-case bool, int, float or str above, including any that you add, is a setting: it gets
@@ -122,7 +123,7 @@ def rectified_flow_loss(model, x, y, t, noise):
         loss = |model(z_t, t, y) - v|^2
 
     model: any callable (z, t, y) -> v. x, noise: (B,3,S,S), the pictures in [-1, 1]. y: (B,) class
-    ids. t: (B,) in [0, 1]: 0 is data, 1 is noise. Liu et al. 2022, arXiv 2209.03003.
+    ids. t: (B,) in (0, 1]: near 0 data, and at 1 noise. Liu et al. 2022, arXiv 2209.03003.
     """
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * x + t_ * noise
@@ -148,9 +149,7 @@ def random_batch(images, labels, num_classes, step):
     t = torch.sigmoid(T_MEAN + T_STD * n).clamp_min(MIN_T)
 
     drawn = (indices, flipped, dropped, t, noise)
-    if images.is_cuda:  # from pinned memory, the GPU can copy while it computes
-        drawn = (tensor.pin_memory().to(images.device, non_blocking=True) for tensor in drawn)
-    indices, flipped, dropped, t, noise = (tensor.to(images.device) for tensor in drawn)
+    indices, flipped, dropped, t, noise = common.to_device(drawn, images.device)
     x = images[indices].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
     y = torch.where(dropped, num_classes, labels[indices])
@@ -171,8 +170,8 @@ def validation_loss(model, images, labels, times=EVAL_T):
     generator = torch.Generator().manual_seed(0)
     total = 0.0
     batches = zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH))
-    for batch, y in batches:
-        x = batch.float() / 127.5 - 1
+    for batch_images, y in batches:
+        x = batch_images.float() / 127.5 - 1
         for t_value in times:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             t = torch.full((len(x),), t_value, device=x.device)
@@ -219,6 +218,8 @@ def parse_flags(arguments=None):
     one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
     common.add_setting_flags(parser, SETTINGS, source_file=__file__)
+    if arguments is None and "ipykernel" in sys.modules:
+        arguments = []  # a notebook's command line is that of its kernel
     options = vars(parser.parse_args(arguments))
     if "resume" in options and "overwrite" in options:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
@@ -269,7 +270,8 @@ def save_checkpoint(model, ema, optimizer, progress, required=True):
     """
     state = {
         **progress,
-        "settings": {name: globals()[name] for name in SETTINGS},
+        # Through JSON, for plain types: torch.load would refuse a constant that is a NumPy float.
+        "settings": json.loads(json.dumps({name: globals()[name] for name in SETTINGS})),
         "class_names": model.class_names,
         "model": model.state_dict(),
         "ema": ema.state_dict(),
@@ -279,7 +281,8 @@ def save_checkpoint(model, ema, optimizer, progress, required=True):
 
 
 def main(arguments=None):
-    """Train. arguments: flags, such as ["--steps", "100"]; by default those of the command line.
+    """Train. arguments: flags, such as ["--steps", "100"]; by default those of the command line, or
+    none in a notebook.
     Flags change constants of this module; afterwards they are what they were before."""
     constants = {name: globals()[name] for name in SETTINGS}
     try:
@@ -317,8 +320,8 @@ def train(options, flags):
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
     train_images, train_labels = images[~is_val].to(device), labels[~is_val].to(device)
-    val_images, val_labels = train_images, train_labels
-    if is_val.any():  # otherwise there are too few pictures to hold any out
+    val_images, val_labels = train_images, train_labels  # if there are too few to hold any out
+    if is_val.any():
         val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
     class_sizes = labels.bincount().tolist()
     del images, labels  # both parts are copies
@@ -341,19 +344,18 @@ def train(options, flags):
     if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
         batch = random_batch(train_images, train_labels, model.num_classes, step=1)
         part = micro_batches(batch, rank, world_size)[0]
+        uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
         with common.autocast(device, PRECISION):
-            uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
             common.compile_model(model, lambda: rectified_flow_loss(model, *part), uneven)
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
 
     # Files. DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
-    grid_size = min(len(class_names), 75)
+    grid_size = min(len(class_names), 75)  # of more classes, evenly spread ones
     grid_classes = torch.linspace(0, len(class_names) - 1, grid_size).round().long()
     if master:
         common.print_summary(model, is_val, flops, device, PRECISION)
         if not state:
-            for grid in (out / "samples").glob("step-*.png"):  # of the run that is overwritten
-                grid.unlink()
+            common.delete_files((out / "samples").glob("step-*.png"))  # of an overwritten run
             save_checkpoint(model, ema, optimizer, progress)  # from here on --resume works
         log = common.Log(out / "log.csv", steps_done)
 
@@ -361,8 +363,8 @@ def train(options, flags):
     max_norm = GRAD_CLIP if GRAD_CLIP > 0 else math.inf
     started = time.perf_counter() - progress["seconds"]
     last_row_step, last_row_time = steps_done, time.perf_counter()
-    bar = tqdm(unit="img", unit_scale=True, total=STEPS * BATCH_SIZE, disable=not master)
-    bar.update(steps_done * BATCH_SIZE)
+    total, initial = STEPS * BATCH_SIZE, steps_done * BATCH_SIZE
+    bar = tqdm(unit="img", unit_scale=True, total=total, initial=initial, disable=not master)
     with bar, common.stop_signals() as signals:
         for step in range(steps_done + 1, STEPS + 1):
             optimizer.param_groups[0]["lr"] = learning_rate_at(step)
@@ -434,7 +436,8 @@ def train(options, flags):
                 progress |= {"step": step, "seconds": seconds, "losses": losses}
                 save_checkpoint(model, ema, optimizer, progress, required=stop or step == STEPS)
 
-            if evaluate:  # what was done since then is not training
+            # Evaluating, sampling and saving do not count in the next row's images_per_second.
+            if evaluate:
                 last_row_step, last_row_time = step, time.perf_counter()
             if stop:
                 break

@@ -507,8 +507,11 @@ def load_with_datasets(name, image_size):
             return None
         content = image["bytes"]
         if content is None:  # there is a path then, in a folder or in an archive
-            with fsspec.open(image["path"]) as file:
-                content = file.read()
+            try:
+                with fsspec.open(image["path"]) as file:
+                    content = file.read()
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {image['path']} of {name}: {error}") from error
         return read_picture(io.BytesIO(content), image_size)
 
     pictures = read_all(read, range(len(dataset)))

@@ -1,22 +1,24 @@
 """Draw the losses of a run: python experiments/plot_loss.py out [--output loss.png]
 
 Reads log.csv in the folder of a run and writes a PNG, loss.png in that folder unless named: the
-training and the validation loss against steps. Needs matplotlib, which nothing else here does.
+training and the held-out loss against steps. Needs matplotlib.
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common  # noqa: E402
+from model import UserError  # noqa: E402
+
 
 def pyplot():
-    """matplotlib's drawing functions, which need no screen; without matplotlib, one line and 2."""
+    """matplotlib's drawing functions, which need no screen. Raises UserError if it is missing."""
     try:
         import matplotlib
-    except ImportError:
-        print("error: matplotlib is missing: pip install matplotlib", file=sys.stderr)
-        sys.exit(2)
+    except ImportError as error:
+        raise UserError("matplotlib is missing: pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -24,12 +26,13 @@ def pyplot():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
+    parser = common.new_parser(__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run, with log.csv in it")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="(loss.png in that folder)")
+    text = "(loss.png in that folder)"
+    parser.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
     args = parser.parse_args()
     try:
-        with open(args.run / "log.csv") as file:
+        with open(args.run / "log.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         steps = [int(row["step"]) for row in rows]
         losses = {name: [float(row[name]) for row in rows] for name in ("train_loss", "val_loss")}
@@ -46,9 +49,10 @@ def main():
     axes.grid(alpha=0.3)
     axes.legend()
     output = args.output or args.run / "loss.png"
-    figure.savefig(output, dpi=110)
+    common.make_folder(output.parent)
+    common.write_beside(output, lambda beside: figure.savefig(beside, dpi=110))
     print(output)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_command(main)

@@ -42,7 +42,8 @@ def fake_cuda(monkeypatch):
     """A mode in which CUDA tensors have shapes, dtypes and devices, but no data; with a model, and
     a batch of four."""
     monkeypatch.setattr(train, "PRECISION", "bf16")
-    monkeypatch.setattr(sample, "autocast", lambda device: common.autocast(device, "bf16"))
+    autocast = common.autocast
+    monkeypatch.setattr(common, "autocast", lambda device, *precision: autocast(device, "bf16"))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 0.0)  # there is no number to read
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
@@ -123,6 +124,12 @@ def test_a_mismatch_of_devices_would_be_seen(fake_cuda):
         model(x, t, y.cpu())
 
 
+def test_what_was_drawn_is_moved_to_the_gpu(fake_cuda, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a real GPU
+    moved = common.to_device((torch.ones(3), torch.zeros(2)), torch.device("cuda"))
+    assert [tensor.device.type for tensor in moved] == ["cuda", "cuda"]
+
+
 def test_the_batch_is_drawn_on_the_cpu_whatever_the_device(monkeypatch):
     # Generators of CUDA differ between cards, and MPS has its own: none of them may be asked.
     images, labels = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.arange(3)
@@ -152,10 +159,20 @@ def two_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_each_process_sets_a_gpu_of_its_own_before_the_group_starts(two_processes, name):
+def test_each_process_sets_a_gpu_of_its_own_before_the_group_starts(
+    two_processes, name, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device, rank, world_size = common.start_process(torch.device(name), batch_size=8)
     assert str(device) == "cuda:1" and (rank, world_size) == (1, 2)
     assert two_processes == ["cuda:1", "cpu:gloo,cuda:nccl"]
+
+
+def test_more_processes_than_gpus_are_refused(two_processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="more processes than GPUs"):
+        common.start_process(torch.device("cuda"), batch_size=8)
+    assert two_processes == []
 
 
 def test_processes_on_the_cpu_have_the_backend_of_the_cpu(two_processes):

@@ -54,6 +54,8 @@ IN_PARENTHESES = (
 )
 if SWITCH:
     INDENTED = 4
+import numpy
+NUMPY = numpy.float64(0.5)  # which torch.load would refuse
 A_TUPLE = (1, 2)  # no flag
 A_LIST = [1, 2]
 NOTHING = None
@@ -73,6 +75,7 @@ OWN_SETTINGS = {
     "LARGE": 2**40,
     "IN_PARENTHESES": 1.5,
     "INDENTED": 4,
+    "NUMPY": 0.5,
 }
 
 
@@ -99,6 +102,17 @@ def test_constants_of_ones_own_are_flags_and_come_back(pictures, tmp_path):
     assert isinstance(settings(tmp_path)["LARGE"], int)  # 1e3 is whole
     call(script, "--resume", "--steps", 3, cwd=tmp_path)
     assert expected.items() <= settings(tmp_path).items()
+
+
+def test_main_runs_in_a_notebook(pictures, tmp_path):
+    (tmp_path / "ipykernel.py").touch()
+    run = [*FEW, "--dataset", pictures, "--steps", "1", "--out-dir", "mine"]
+    cell = f"import ipykernel, train; train.main({[*map(str, run)]})\n"
+    cell += "train.OUT_DIR = 'mine'; train.DATASET = '/no/such'\ntrain.main()\n"
+    (tmp_path / "kernel.py").write_text(cell)
+    extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    code, _, err = finish(tmp_path / "kernel.py", "-f", "kernel.json", cwd=tmp_path, **extra)
+    assert code == 1 and "UserError: mine holds a run" in err  # not: unrecognized arguments
 
 
 def test_whole_numbers_and_floats_mean_the_same(pictures, tmp_path):

@@ -172,6 +172,18 @@ def unique_graphs(monkeypatch, uneven, sizes):
 COMPILE = torch.compile
 
 
+def test_without_torch_compile_the_model_stays_as_it_is(monkeypatch, capsys):
+    def unsupported(*arguments, **options):
+        raise RuntimeError("torch.compile is not supported on Python 3.99")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    model = small_model(depth=1)
+    common.compile_model(model, lambda: None, uneven=False)
+    assert "not supported on Python" in capsys.readouterr().err
+    z, y = torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    assert model(z, torch.ones(1), y).shape == z.shape
+
+
 def test_uneven_micro_batches_are_compiled_once(monkeypatch):
     assert unique_graphs(monkeypatch, False, [4, 4, 4]) == 1
     assert unique_graphs(monkeypatch, True, [4, 4, 3, 3, 2]) == 1

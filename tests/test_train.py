@@ -1,6 +1,7 @@
 """Training as a user sees it: files, refusals, and a run that can be stopped at any moment."""
 
 import csv
+import shutil
 import signal
 import sys
 import time
@@ -73,6 +74,14 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
     assert "0 blue-plain-pointed, 1 red-eyes-pointed, 2 yellow-spots-tailed" in out
 
 
+def test_too_few_pictures_to_hold_any_out_are_said_to_be(pictures, tmp_path):
+    few = tmp_path / "few" / "a"
+    few.mkdir(parents=True)
+    shutil.copy(next(pictures.rglob("*.png")), few)
+    out, _ = call("train.py", *SMALL, "--dataset", few, "--steps", 2, cwd=tmp_path)
+    assert "0 of them held out" in out and "the held-out loss is of pictures" in out
+
+
 def test_without_the_hub_a_default_run_says_how_to_go_on(tmp_path):
     process = start("train.py", "--device", "cpu", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     out, err = process.communicate(timeout=100)
@@ -111,8 +120,24 @@ def test_resuming_a_finished_run_says_so_and_more_steps_go_on(pictures, tmp_path
     assert "SEED" in line
     line = refused("train.py", "--resume", "--preset", "laptop", cwd=tmp_path)
     assert "PATCH_SIZE" in line or "IMAGE_SIZE" in line
-    call("train.py", "--resume", "--steps", 6, "--eval-every", 1, "--dim", 16, cwd=tmp_path)
+    more = ["--resume", "--steps", 6, "--eval-every", 1, "--dim", 16]
+    _, err = call("train.py", *more, cwd=tmp_path)
+    assert err.split("%")[0].strip() == "67"  # the bar goes on from 4 of 6 steps
     assert [row["step"] for row in rows(tmp_path / "out")] == ["4", "5", "6"]
+
+
+def test_an_empty_log_is_begun_anew(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "out" / "log.csv").write_bytes(b"")  # as a full disk leaves it
+    call("train.py", "--resume", "--steps", 40, cwd=tmp_path)
+    assert [row["step"] for row in rows(tmp_path / "out")] == ["40"]
+
+
+def test_a_grid_that_cannot_be_deleted_is_named(pictures, tmp_path):
+    (tmp_path / "out" / "samples" / "step-000002.png").mkdir(parents=True)
+    run = [*SMALL, "--dataset", pictures, "--batch-size", 4, "--steps", 2]
+    line = refused("train.py", *run, "--overwrite", cwd=tmp_path)
+    assert "step-000002.png" in line and "delete" in line
 
 
 def test_resume_without_a_run(tmp_path):
