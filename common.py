@@ -167,7 +167,8 @@ def parse_png(text):
 
 def add_setting_flags(parser, settings, source_file):
     """Add a flag for each of the settings {name: default}: --batch-size for BATCH_SIZE. Groups and
-    help texts are the sections and the comments of the file that assigns them."""
+    help texts are the sections and the comments of the file that assigns them. Raises UserError for
+    a name that is taken."""
     comments = read_comments(source_file)
     groups = {}
     for name, default in settings.items():
@@ -176,12 +177,15 @@ def add_setting_flags(parser, settings, source_file):
             groups[section] = parser.add_argument_group(section)
         flag = "--" + name.lower().replace("_", "-")
         text = f"{comment} (default: {default})".replace("%", "%%")  # % is special to argparse
+        options = {"dest": name, "help": text}
         if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction  # --name and --no-name
-            groups[section].add_argument(flag, dest=name, action=action, help=text)
+            options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
         else:
-            parse = str if isinstance(default, str) else parse_number
-            groups[section].add_argument(flag, dest=name, type=parse, metavar="", help=text)
+            options |= {"type": str if isinstance(default, str) else parse_number, "metavar": ""}
+        try:
+            groups[section].add_argument(flag, **options)
+        except argparse.ArgumentError as error:
+            raise UserError(f"rename the constant {name}: {flag} is already a flag") from error
 
 
 def read_comments(source_file):

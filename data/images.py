@@ -43,7 +43,8 @@ PICTURE_SUFFIXES = {
 PLUG_INS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
 
 TRAINING_SPLITS = ("train", "training")
-HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation")  # what lies beside "train"
+# What lies beside "train". Names may end in "set", as in test_set.
+HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
 RUN_FILES = ("train_state.pt", "model.safetensors")  # in the folder of a run
 
@@ -168,8 +169,8 @@ def find_classes(folder, passed_over):
     folders, files = list_folder(folder, passed_over)
     pictures = pictures_among(files)
 
-    train = [entry for entry in folders if entry.name.casefold() in TRAINING_SPLITS]
-    held_out = [entry for entry in folders if entry.name.casefold() in HELD_OUT_SPLITS]
+    train = [entry for entry in folders if split_name(entry.name) in TRAINING_SPLITS]
+    held_out = [entry for entry in folders if split_name(entry.name) in HELD_OUT_SPLITS]
     if len(train) == 1 and held_out:
         for entry in folders:
             if entry != train[0]:
@@ -194,6 +195,11 @@ def find_classes(folder, passed_over):
         is_picture = suffix(path) in PICTURE_SUFFIXES
         passed_over["pictures beside the class folders" if is_picture else suffix(path)] += 1
     return classes, str(folder)
+
+
+def split_name(name):
+    """The name of a folder as the lists of splits have it: test for Test_Set or testset."""
+    return re.sub(r"[\W_]*set$", "", name.casefold())
 
 
 def is_wrapper(folder):
@@ -314,7 +320,7 @@ def find_labels(folder, passed_over):
     if len(labelled_folders) > 1:
         if all(path.parent.name == label for path, label in label_of.items()):
             return None  # it says what the class folders say
-        names = {entry.name.casefold() for entry in labelled_folders}
+        names = {split_name(entry.name) for entry in labelled_folders}
         if len(names - {*TRAINING_SPLITS, *HELD_OUT_SPLITS}) > 1:
             message = f"{folder} has folders of pictures, and other labels in {table.name}"
             raise UserError(f"{message}: remove the one or the other")
@@ -342,7 +348,7 @@ def has_word(text, words):
 
 def is_in(path, folder, names):
     """Whether a path below the folder leads through a folder of one of these names."""
-    return any(part.casefold() in names for part in path.relative_to(folder).parts[:-1])
+    return any(split_name(part) in names for part in path.relative_to(folder).parts[:-1])
 
 
 def read_table(path):
@@ -446,8 +452,8 @@ def load_from_hub(name, image_size):
 
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     ignored = []
-    if any(top.casefold() in TRAINING_SPLITS for top in tops):
-        ignored = [f"{top}/*" for top in tops if top.casefold() in HELD_OUT_SPLITS]
+    if any(split_name(top) in TRAINING_SPLITS for top in tops):
+        ignored = [f"{top}/*" for top in tops if split_name(top) in HELD_OUT_SPLITS]
     folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
     images, labels, class_names = load_images(folder, image_size)
     if class_names == [folder.resolve().name]:  # the commit, after which the cache names folders

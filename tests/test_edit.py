@@ -104,6 +104,11 @@ def test_constants_of_ones_own_are_flags_and_come_back(pictures, tmp_path):
     assert expected.items() <= settings(tmp_path).items()
 
 
+def test_a_constant_whose_flag_is_taken_is_named(tmp_path):
+    script = edited(tmp_path, "train.py", constant("PRESET = 1")) / "train.py"
+    assert "rename the constant PRESET" in refused(script, cwd=tmp_path)
+
+
 def test_main_runs_in_a_notebook(pictures, tmp_path):
     (tmp_path / "ipykernel.py").touch()
     run = [*FEW, "--dataset", pictures, "--steps", "1", "--out-dir", "mine"]

@@ -34,15 +34,19 @@ def classes(folder):
 # Layouts
 
 
-@pytest.mark.parametrize("others", [["test"], ["Valid", "TEST"], ["validation"], ["testing"]])
-def test_of_splits_train_is_taken(tmp_path, capsys, others):
-    tree(tmp_path / "Train", ["fish", "star"])
+@pytest.mark.parametrize(
+    "others", [["test"], ["Valid", "TEST"], ["validation"], ["testing"], ["dev", "eval"]]
+)
+@pytest.mark.parametrize("ending", ["", "_set", "set"])
+def test_of_splits_train_is_taken(tmp_path, capsys, others, ending):
+    train, others = f"Train{ending}", [f"{other}{ending}" for other in others]
+    tree(tmp_path / train, ["fish", "star"])
     for other in others:
         tree(tmp_path / other, ["fish", "star", "only here"], files=["0.png"])
     assert classes(tmp_path) == {"fish": 2, "star": 2}
     out, err = capsys.readouterr()
-    assert f"pictures from {tmp_path / 'Train'}" in out
-    assert all(f"3 pictures in {other}, beside the split Train" in err for other in others)
+    assert f"pictures from {tmp_path / train}" in out
+    assert all(f"3 pictures in {other}, beside the split {train}" in err for other in others)
 
 
 def test_train_alone_is_a_wrapper_and_without_splits_a_class(tmp_path):
