@@ -208,9 +208,9 @@ def new_model(class_names):
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
 
 
-def parse_flags(arguments=None):
+def parse_flags(arguments=None, description=__doc__):
     """The command line as two dictionaries: how to begin, and the settings among the flags."""
-    parser = common.new_parser(__doc__, argument_default=argparse.SUPPRESS)
+    parser = common.new_parser(description, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("how to begin")
     group.add_argument("--preset", choices=PRESETS, help="change several settings at once")
     group.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")

@@ -40,7 +40,7 @@ import model as network  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data.images import load_images  # noqa: E402
-from experiments.plot_loss import pyplot  # noqa: E402
+from experiments.plot_loss import pyplot, save_figure  # noqa: E402
 from experiments.score import SIZE, features, frechet_distance, kernel_distance  # noqa: E402
 from model import UserError  # noqa: E402
 
@@ -296,7 +296,7 @@ WITHOUT = {
     "sin-cos positions": [rotary],
     "PyTorch's own start of weights": [xavier_start],
     "class embedding at the common rate": [fast_classes],
-    "seed recipe, patch 8": BEFORE,  # has its own
+    "predecessor, patch 8": BEFORE,  # has its own
 }
 
 
@@ -313,7 +313,7 @@ VARIANTS = {
     "default": ({}, None),
     "v predicted": ({}, predict_v),
     "no path around the blocks": ({}, None),
-    "seed recipe, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
+    "predecessor, patch 8": ({**SEED, "PATCH_SIZE": 8}, seed_recipe),
     "t mean 0.4": ({"T_MEAN": 0.4}, None),
     "patch 4": ({"PATCH_SIZE": 4}, None),
     "t mean 0.4, no path around the blocks": ({"T_MEAN": 0.4}, None),
@@ -336,7 +336,7 @@ VARIANTS = {
 FINALISTS = {"recipe before": (T_BEFORE, before)}
 LONG = {"ten pictures a class": ({}, functools.partial(few_pictures, 10))}
 HEAD_TO_HEAD = {  # smaller pictures, or patches of 2 would take a day
-    "32x32: seed recipe, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
+    "32x32: predecessor, patch 2": ({**SEED, "IMAGE_SIZE": 32, "PATCH_SIZE": 2}, seed_recipe),
     "32x32: default": ({"IMAGE_SIZE": 32, "PATCH_SIZE": 4}, None),
 }
 
@@ -369,7 +369,7 @@ STAGES = {
     "head-to-head": {
         **LONG_ROWS,
         "rows": {
-            "32x32: seed recipe, patch 2": [320, 720],
+            "32x32: predecessor, patch 2": [320, 720],
             "32x32: default": [2, 4, 8, 16],
         },
         "bf16": True,  # the predecessor's 256 tokens gain most
@@ -545,7 +545,7 @@ def draw_curves(stage, folder):
     axes.grid(alpha=0.3, which="both")
     figure.legend(fontsize=6, loc="outside right upper")
     path = folder / f"ablations-{stage}.png"
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     print(path)
 
@@ -570,7 +570,7 @@ def draw_differences(folder):
     for name, t, axes in zip(T, train.EVAL_T, panels):
         values = [difference(row, name) for row in others]
         colours = ["C2" if value < 0 else "C3" for value in values]
-        names = [row["variant"].replace("seed recipe", "predecessor's recipe") for row in others]
+        names = [row["variant"].replace("predecessor", "predecessor's recipe") for row in others]
         axes.barh(names, values, color=colours, zorder=2)
         if len(recipe) > 1:
             band = 200 * statistics.stdev(float(row[name]) for row in recipe) / means[name]
@@ -583,7 +583,7 @@ def draw_differences(folder):
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("difference of the held-out loss from the recipe's, in percent", size=10)
     path = folder / "ablations-screening.png"
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
     plt.close(figure)
     print(path)
 

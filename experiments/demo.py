@@ -47,8 +47,8 @@ def import_gradio():
 def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
     """Yield a PIL image with all the pictures: first the noise, then the result of each step.
 
-    sample.generate() reports its steps to a function. It runs in a thread of its own, which puts
-    them into a queue, so that they can be yielded here as they come.
+    sample.generate() reports its steps to a function. So it runs in a thread, which puts the states
+    into a queue, from which they can be yielded as they come.
     """
     states = queue.Queue()
     abandoned = threading.Event()  # set when nobody looks any more, as when the page is closed
@@ -146,8 +146,9 @@ def main():
     page = build_page(model, shown)
     try:
         page.launch(server_port=flags.port, show_error=True)
-    except OSError as error:
-        raise UserError(f"cannot serve on port {flags.port}: choose another with --port") from error
+    except (OSError, ValueError) as error:
+        message = f"cannot serve on port {flags.port}: choose another with --port"
+        raise UserError(f"{message} ({error})") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import load_model, new_parser, run_command  # noqa: E402
+from common import int_in_range, load_model, new_parser, parse_finite, run_command  # noqa: E402
 from data.drawn import draw_butterflies  # noqa: E402
 from model import UserError  # noqa: E402
 from sample import DEFAULT_STEPS, generate  # noqa: E402
@@ -41,13 +41,13 @@ def train_judge(images_per_class=100, epochs=4, seed=1):
         width = next_width
     judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, 13))
     images, labels, _ = draw_butterflies(images_per_class, 64, seed)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(judge.parameters())
     steps = epochs * len(images) // 50
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in range(steps):
         i = torch.randint(len(images), (50,))
-        logits = judge(scaled(images[i])).split((5, 5, 3), dim=1)
-        loss = sum(F.cross_entropy(head, y) for head, y in zip(logits, targets(labels[i])))
+        heads = judge(scaled(images[i])).split((5, 5, 3), dim=1)
+        loss = sum(F.cross_entropy(logits, y) for logits, y in zip(heads, targets(labels[i])))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,14 +56,16 @@ def train_judge(images_per_class=100, epochs=4, seed=1):
 
 
 def scaled(images):
+    """uint8 pictures as floats in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def shares(judge, images, labels):
-    """Share of pictures (N,3,64,64) judged right: {"colour", "pattern", "shape", "class"}."""
-    logits = torch.cat([judge(batch) for batch in images.split(100)]).split((5, 5, 3), dim=1)
-    right = [head.argmax(1) == y for head, y in zip(logits, targets(labels))]
+    """Share of pictures (N,3,64,64) in [-1, 1] that are judged right: {"colour", "pattern",
+    "shape", "class": all three}."""
+    heads = torch.cat([judge(batch) for batch in images.split(100)]).split((5, 5, 3), dim=1)
+    right = [logits.argmax(1) == y for logits, y in zip(heads, targets(labels))]
     right.append(right[0] & right[1] & right[2])
     return {
         name: r.float().mean().item()
@@ -76,12 +78,15 @@ def main():
     parser.add_argument(
         "checkpoint", help="a folder with a model trained on the drawn butterflies, or a Hub id"
     )
-    parser.add_argument(
-        "--num-images", type=int, default=4, help="samples of each of the 75 classes"
-    )
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
-    parser.add_argument("--seed", type=int, default=0)
+    count = int_in_range(1)
+    text = "samples of each of the 75 classes (default: %(default)s)"
+    parser.add_argument("--num-images", type=count, default=4, metavar="N", help=text)
+    text = "Euler steps (default: %(default)s)"
+    parser.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
+    text = "guidance (default: the model's own)"
+    parser.add_argument("--cfg-scale", type=parse_finite, metavar="W", help=text)
+    text = "of the initial noise (default: %(default)s)"
+    parser.add_argument("--seed", type=int_in_range(0), default=0, metavar="N", help=text)
     args = parser.parse_args()
     model = load_model(args.checkpoint)
     images, labels, names = draw_butterflies(10, 64, seed=2)

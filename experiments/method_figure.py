@@ -16,13 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
 from data.drawn import draw_butterflies  # noqa: E402
-from experiments.plot_loss import pyplot  # noqa: E402
+from experiments.plot_loss import pyplot, save_figure  # noqa: E402
+from model import UserError  # noqa: E402
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CLASS_ID = 6  # the drawn butterfly of (b)
 DATA = torch.tensor([[2.2, 1.6], [2.9, 0.5], [2.4, -1.6], [3.1, -0.9]])  # the "pictures" of (c)
-NOISE_CENTRE = torch.tensor([-2.0, 0.0])  # drawn aside, so that lines can be told apart
+NOISE_CENTRE = torch.tensor([-2.0, 0.0])  # not 0, so that lines can be told apart
 STARTS = torch.tensor([[-2.6, 1.5], [-1.4, 0.1], [-2.3, -1.4]])  # noise that is followed to data
 EULER_STEPS = 5
 
@@ -33,13 +34,13 @@ def mean_velocity(z, t):
     z: (2,). Of all lines through z at t, that to data point i has a weight in proportion to the
     density of the noise at its other end; the velocity is their mean, (z - mean x) / t.
     """
-    eps = (z - (1 - t) * DATA) / t - NOISE_CENTRE
-    weights = torch.softmax(-eps.square().sum(dim=1) / 2, dim=0)
+    eps = (z - (1 - t) * DATA) / t  # (4, 2): the other ends of the lines
+    weights = torch.softmax(-(eps - NOISE_CENTRE).square().sum(dim=1) / 2, dim=0)
     x = (weights[:, None] * DATA).sum(dim=0)
     return (z - x) / t
 
 
-def path(z, steps):
+def euler_path(z, steps):
     """All states of Euler's method, (steps + 1, 2)."""
     states = [z]
     for step in range(steps):
@@ -74,6 +75,7 @@ def draw_pictures(grid_axes, model):
         z = (1 - t) * x + t * noise
         with torch.no_grad():
             v = model(z, torch.tensor([t]), torch.tensor([CLASS_ID]))
+        # v is halved, as it is up to twice as large as what a picture can show.
         rows = {"$z_t$": z, "predicted x": z - t * v, "v = ($z_t$ - x) / t": v / 2}
         for row, (name, picture) in enumerate(rows.items()):
             axes = grid_axes[row][column]
@@ -93,10 +95,10 @@ def draw_paths(axes):
     for start, end in zip(noise, ends):
         axes.plot(*zip(start, end), color="0.85", lw=0.7, zorder=1)
     for number, start in enumerate(STARTS):
-        label = number == 0
-        smooth, coarse = path(start, 400), path(start, EULER_STEPS)
-        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean" if label else None)
-        name = f"{EULER_STEPS} Euler steps" if label else None
+        first = number == 0
+        smooth, coarse = euler_path(start, 400), euler_path(start, EULER_STEPS)
+        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean" if first else None)
+        name = f"{EULER_STEPS} Euler steps" if first else None
         axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1, label=name)
     axes.scatter(*torch.cat([noise, STARTS]).T, color="0.3", s=6, zorder=2)
     axes.scatter(*DATA.T, color="C0", s=60, marker="s", zorder=4)
@@ -111,17 +113,20 @@ def main():
     parser = common.new_parser(__doc__)
     parser.add_argument("checkpoint", help="trained on drawn butterflies: a folder or a Hub id")
     output = ASSETS / "method.png"
-    parser.add_argument("--output", type=Path, default=output, help="(assets/method.png)")
+    text = "(default: assets/method.png)"
+    parser.add_argument("--output", type=common.parse_png, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
-    model = common.load_model(flags.checkpoint)
     plt = pyplot()
+    model = common.load_model(flags.checkpoint)
+    if model.class_names != draw_butterflies(1, 16, seed=0)[2]:
+        raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")
     figure = plt.figure(figsize=(12, 3.9), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.25, 1.1))
     draw_line(left.subplots())
     draw_pictures(middle.subplots(3, len(TIMES)), model)
     middle.suptitle("(b) a butterfly at five t", fontsize=12)
     draw_paths(right.subplots())
-    figure.savefig(flags.output, dpi=100)
+    save_figure(figure, flags.output, dpi=100)
     print(flags.output)
 
 

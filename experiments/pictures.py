@@ -1,9 +1,10 @@
 """Two pictures of the README: what the network was shown, and how its pictures come about.
 
-    python experiments/pictures.py out
+    python experiments/pictures.py assets/laptop
 
 drawn.png: a drawn butterfly of each of the 75 classes. strip.png: five classes, a row each, from
-pure noise on the left to the sample on the right, in as many Euler steps as sample.py takes.
+pure noise on the left to the sample on the right: 11 of the states that the Euler steps of
+sample.py go through. Written to assets/, unless --output names another folder.
 """
 
 import sys
@@ -23,8 +24,10 @@ COLUMNS = 11  # states of a picture that the strip shows
 def main():
     parser = common.new_parser(__doc__)
     parser.add_argument("checkpoint", help="a folder or a Hub id")
-    parser.add_argument("--output", type=Path, default=ASSETS, help="(assets)")
+    text = "(default: assets)"
+    parser.add_argument("--output", type=Path, default=ASSETS, metavar="FOLDER", help=text)
     flags = parser.parse_args()
+    common.make_folder(flags.output)
     model = common.load_model(flags.checkpoint)
     classes = torch.linspace(0, model.num_classes - 1, 5).round().long()
     states = []

@@ -33,8 +33,8 @@ def main():
     text = "steps that have a grid in samples/: multiples of SAMPLE_EVERY, and the last"
     parser.add_argument("--steps", type=int, nargs="+", required=True, metavar="N", help=text)
     text = "the picture (default: %(default)s)"
-    parse, default = common.parse_png, Path("progress.png")
-    parser.add_argument("--output", type=parse, default=default, metavar="PNG", help=text)
+    output = Path("progress.png")
+    parser.add_argument("--output", type=common.parse_png, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
     config_file = flags.run / "config.json"
     if not config_file.is_file():
@@ -43,8 +43,11 @@ def main():
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: choose --steps that have a grid there")
-    image_size = json.loads(config_file.read_text("utf-8"))["image_size"]
-    rows = first_rows([Image.open(path) for path in paths], image_size)
+    try:
+        image_size = json.loads(config_file.read_text("utf-8"))["image_size"]
+        rows = first_rows([Image.open(path) for path in paths], image_size)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flags.run} is not a run, or is damaged: {error!r}") from error
     common.make_folder(flags.output.parent)
     common.save_picture(rows, flags.output)
     print(flags.output)

@@ -28,7 +28,7 @@ import sample  # noqa: E402
 from data.drawn import draw_butterflies  # noqa: E402
 from data.images import load_images  # noqa: E402
 from experiments.ablations import check_only, read_rows, write_row  # noqa: E402
-from experiments.plot_loss import pyplot  # noqa: E402
+from experiments.plot_loss import pyplot, save_figure  # noqa: E402
 from experiments.score import SIZE, features, kernel_distance, resized  # noqa: E402
 
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
@@ -135,7 +135,7 @@ def draw_plot(rows, path):
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     print(path)
 

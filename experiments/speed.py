@@ -31,9 +31,10 @@ import common  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from common import autocast, pick_device, uses_bf16  # noqa: E402
+from model import UserError, timestep_features  # noqa: E402
 
-ROUNDS = 7  # of so many seconds at least, ours and the plain one in turns
-SECONDS = 0.5
+ROUNDS = 7  # of our steps and of plain ones, in turns
+SECONDS = 0.5  # a round takes at least this long
 PROFILED = 5  # steps that are profiled
 WARMUP = 3  # steps at first that do not count: they compile and fill caches
 CLASSES = [str(i) for i in range(75)]
@@ -73,15 +74,15 @@ class PlainBlock(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """DiT as this project's predecessor has it: fixed positions, and v is what comes out."""
+    """DiT with fixed positions, whose output is v."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.positions = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2, dim) / 50)
-        self.positions.requires_grad_(False)
+        tokens = (image_size // patch_size) ** 2
+        self.register_buffer("positions", 0.02 * torch.randn(1, tokens, dim))
         self.timestep_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.class_embedding = nn.Embedding(76, dim)
+        self.class_embedding = nn.Embedding(len(CLASSES) + 1, dim)
         self.blocks = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
@@ -89,10 +90,7 @@ class PlainDiT(nn.Module):
         self.unpatchify = nn.PixelShuffle(patch_size)
 
     def forward(self, z, t, y):
-        frequencies = torch.exp(-math.log(1e4) * torch.arange(128, device=z.device) / 128)
-        angles = 1000 * t[:, None] * frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        c = self.timestep_embedding(waves) + self.class_embedding(y)
+        c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
         x = self.patch_embedding(z).flatten(2).mT + self.positions
         for block in self.blocks:
             x = block(x, c)
@@ -102,9 +100,11 @@ class PlainDiT(nn.Module):
 
 
 def wait(device):
-    """Until the device has done all that it was told."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matmul_rate(device):
@@ -147,7 +147,7 @@ class PlainStep:
         self.model = PlainDiT(**sizes).to(self.device)
         if compiled:
             self.model.compile()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.x = images[: train.BATCH_SIZE].float() / 127.5 - 1
         self.y = labels[: train.BATCH_SIZE]
 
@@ -160,7 +160,6 @@ class PlainStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        loss.item()
 
 
 class Enough(Exception):
@@ -172,8 +171,13 @@ def measure_training(images, labels, arguments, compiled):
     the profile of some steps."""
     device, random_batch = images.device, train.random_batch
     plain_step = PlainStep(images, labels, compiled)
-    for _ in range(WARMUP):
-        plain_step()
+    try:
+        for _ in range(WARMUP):
+            plain_step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        message = "torch.compile fails here: --compile off measures without it"
+        raise UserError(f"{message} ({reason})") from error
     steps, turns, begun, profiler = -WARMUP, [], math.nan, None
 
     def begin_step(*batch, **options):
@@ -228,9 +232,12 @@ def replaced(module, attributes):
 
 
 def time_shares(profiler, device):
-    """{group of operators: share of the time}, in which nothing is counted twice."""
+    """{group of operators: share of the time}, in which nothing is counted twice. On MPS it is the
+    CPU's time, which it takes to tell the GPU what to do."""
     shares = dict.fromkeys([*GROUPS, "everything else"], 0)
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time the operator that launched it has already
         seconds = event.self_cpu_time_total
         if device.type == "cuda":
             seconds = event.self_device_time_total
@@ -253,7 +260,7 @@ def sampling_rates(model, device, n, steps=5):
         wait(device)
 
     def whole():
-        list(sample.generate(model, y, steps=steps))
+        list(sample.generate(model, y, steps=steps, cfg_scale=3.0))
 
     best = {bare: math.inf, whole: math.inf}
     for _ in range(ROUNDS + 1):
@@ -265,13 +272,15 @@ def sampling_rates(model, device, n, steps=5):
 
 
 def main():
-    options, settings = train.parse_flags()
+    options, settings = train.parse_flags(description=__doc__)
+    if "resume" in options:
+        raise UserError("--resume: there is no run to continue, as every measurement begins anew")
     vars(train).update(train.PRESETS.get(options.get("preset"), {}) | settings)
     train.check_settings()
     device, n, size = pick_device(train.DEVICE), train.BATCH_SIZE, train.IMAGE_SIZE
     torch.set_float32_matmul_precision("high")
     images = torch.randint(256, (max(n, 64), 3, size, size), dtype=torch.uint8).to(device)
-    labels = torch.randint(75, (len(images),)).to(device)
+    labels = torch.randint(len(CLASSES), (len(images),)).to(device)
 
     flops = common.flops_per_image(train.new_model, train.rectified_flow_loss)
     model = train.new_model(CLASSES)
@@ -279,14 +288,17 @@ def main():
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"{device}{threads}, torch {torch.__version__}, batches of {n}")
     # Weights, gradients, two moments, average: five numbers of four bytes for each parameter.
-    one = [x[:1].cpu() for x in train.random_batch(images, labels, 75, 0)]
+    one = [x[:1].cpu() for x in train.random_batch(images, labels, len(CLASSES), 0)]
     fixed, kept = 20 * parameters, activation_bytes(model, one)
     print(f"memory in fp32, computed: {fixed / 2**20:,.0f} MiB,", end=" ")
-    print(f"and {kept / 2**20:,.1f} MiB per image: {(fixed + n * kept) / 2**30:.2f} GiB a step")
+    step_bytes = fixed + math.ceil(n / train.ACCUMULATE) * kept
+    print(f"and {kept / 2**20:,.1f} MiB per image: {step_bytes / 2**30:.2f} GiB a step")
     rate, steps = matmul_rate(device), train.STEPS
     ways = {"on": [True], "off": [False]}.get(settings.get("COMPILE"), [False, True])
     for compiled in ways:
         print("compiled:" if compiled else "as it is:")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         turns, profiler = measure_training(images, labels, sys.argv[1:], compiled)
         ours, plain = map(min, zip(*turns))
         ratios = sorted(theirs / own for own, theirs in turns)
@@ -299,15 +311,16 @@ def main():
         print(f"  plain step {1000 * plain:.2f} ms:", end=" ")
         print(f"{statistics.median(ratios):.2f} times ours", end=" ")
         print(f"({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**30
+            print(f"  peak memory, the plain network included: {peak:.2f} GiB")
         for group, share in time_shares(profiler, device).items():
             print(f"  {100 * share:5.1f}% {group}")
     model = model.to(device).eval()
     rate, bare = sampling_rates(model, device, min(n, sample.MAX_BATCH))
     print(f"sampling in 5 steps: {rate:,.1f} images/s,", end=" ")
     print(f"{100 * rate / bare:.0f}% of bare forward passes")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    common.run_command(main, if_out_of_memory="lower --batch-size")

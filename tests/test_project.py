@@ -33,7 +33,18 @@ def test_without_matplotlib_it_says_so(trained, tmp_path):
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
-    assert "log.csv" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
+    assert "log.csv does not exist" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
+
+
+def test_a_row_that_was_cut_short_is_not_drawn(tmp_path):
+    from experiments.plot_loss import read_log
+
+    (tmp_path / "log.csv").write_text("step,train_loss,val_loss\n10,0.5,0.6\n20,0.4")
+    assert read_log(tmp_path / "log.csv") == ([10], {"train_loss": [0.5], "val_loss": [0.6]})
+    (tmp_path / "log.csv").write_text("step,train_loss,val_loss\n")
+    assert "no row yet" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
+    (tmp_path / "log.csv").write_text("time,loss\n1,2\n")
+    assert "not the log of a run" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
 
 
 def test_the_judge_tells_drawings_from_mislabelled_ones():
@@ -48,8 +59,13 @@ def test_the_judge_tells_drawings_from_mislabelled_ones():
 
 
 def test_the_judge_refuses_a_model_of_other_classes(trained):
-    line = refused("experiments/judge_drawn.py", trained / "out", cwd=trained)
-    assert "drawn butterflies" in line
+    for script in ("judge_drawn.py", "method_figure.py"):
+        if script == "method_figure.py":
+            pytest.importorskip("matplotlib")
+        line = refused(f"experiments/{script}", trained / "out", cwd=trained)
+        assert "drawn butterflies" in line
+    line = refused("experiments/judge_drawn.py", "none", "--steps", 0, cwd=trained)
+    assert "--steps" in line
 
 
 def test_the_three_files_import_one_way():
@@ -87,6 +103,7 @@ def test_speed_says_what_a_step_costs(tmp_path):
         assert word in out
     shares = [float(share) for share in re.findall(r"^ +([\d.]+)% ", out, re.MULTILINE)]
     assert sum(shares) == pytest.approx(100, abs=0.5) and shares[0] > 0  # of matrix products
+    assert "--resume" in refused("experiments/speed.py", "--resume", cwd=tmp_path)
     (parameters,) = re.findall(r"([\d.]+) M parameters", out)
     model = DiT(16, 4, 16, 1, 2, [str(i) for i in range(75)])
     assert float(parameters) == round(sum(w.numel() for w in model.parameters()) / 1e6, 2)
@@ -139,7 +156,7 @@ def test_progress_shows_the_first_row_of_each_grid(tmp_path):
 
 def test_the_figure_of_the_method_is_of_the_method(tmp_path):
     pytest.importorskip("matplotlib")
-    from experiments.method_figure import DATA, NOISE_CENTRE, STARTS, mean_velocity, path
+    from experiments.method_figure import DATA, NOISE_CENTRE, STARTS, euler_path, mean_velocity
 
     # The mean of eps - x over many pairs whose line comes close to z, against the closed form.
     t, n, z = 0.6, 1_000_000, torch.tensor([0.2, -0.3])
@@ -151,7 +168,7 @@ def test_the_figure_of_the_method_is_of_the_method(tmp_path):
     torch.testing.assert_close(mean_velocity(z, t), (eps - x)[near].mean(0), atol=0.15, rtol=0)
 
     for start in STARTS:  # the path bends, and ends at a point of the data
-        states = path(start, 200)
+        states = euler_path(start, 200)
         assert (DATA - states[-1]).norm(dim=1).min() < 0.05
         along = torch.linspace(0, 1, 201)[:, None]
         assert (states - (start + along * (states[-1] - start))).norm(dim=1).max() > 0.1
