@@ -50,6 +50,8 @@ UNREADABLE = (
     zlib.error,
 )
 
+DEVICES_OF_WINDOWS = ("AUX", "CON", "NUL", "PRN")  # which no file may be called there
+
 GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
@@ -113,6 +115,12 @@ def exit_with_error(message):
     sys.exit(2)
 
 
+def print_once(text, file=None):
+    """Print, but only in the first of several processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=file or sys.stdout, flush=True)
+
+
 # Flags
 
 
@@ -129,16 +137,18 @@ def new_parser(description, **options):
 
 def parse_number(text):
     """Parse a flag: an int if the value is whole (even 1e4), otherwise a float."""
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
+    try:
         value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from None
     return int(value) if value.is_integer() else value
 
 
 def parse_finite(text):
     """Parse a flag: a float that is neither infinite nor nan."""
-    value = float(text)
+    value = float(parse_number(text))
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
@@ -337,9 +347,9 @@ def compile_model(model, loss, uneven):
         vars(model).pop("forward", None)  # what is left is the method of its class
         reason = " ".join(str(error).split())[:200]
         message = "torch.compile failed, and the run goes on without it; --compile off avoids this"
-        print(f"warning: {message} ({reason})", file=sys.stderr)
+        print_once(f"warning: {message} ({reason})", file=sys.stderr)
     else:
-        print(f"compiled in {time.perf_counter() - begin:.0f} seconds", flush=True)
+        print_once(f"compiled in {time.perf_counter() - begin:.0f} seconds")
     model.zero_grad()
 
 
@@ -470,6 +480,8 @@ def write_beside(path, write, required=True):
         write(beside)
         replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()  # on a full disk, half a file would keep it full
         raise_unless_held(error, f"cannot write {path}", path, required, "It stays as it was.")
 
 
@@ -494,8 +506,9 @@ def folder_names(class_names):
     ../.. or two that differ only in what a file name cannot hold."""
     folders, taken = [], set()
     for class_id, name in enumerate(class_names):
-        folder = re.sub(r"[^\w ,.()&'+-]|^\.", "_", name)[:60]
-        if folder != name or not name:
+        name = unicodedata.normalize("NFC", name)
+        folder = re.sub(r"[^\w ,.()&'+-]|^\.", "_", name)[:60].rstrip(" .")  # as Windows does
+        if folder != name or not name or name.upper() in DEVICES_OF_WINDOWS:
             folder = f"{folder}-{class_id}"
         while folder.casefold() in taken:
             folder += "_"
@@ -589,19 +602,19 @@ def download(repo_id, what, **options):
     begins with `what`, if the repository or the network is missing."""
     try:
         return Path(snapshot_download(repo_id, **options))
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{what}: {error}") from error
 
 
-def list_files(repo_id):
-    """The names of all files of a data set on the Hub; [] if the Hub cannot say: download() has a
-    cache, and a message."""
+def list_files(repo_id, what):
+    """The names of all files of a data set on the Hub. Raises UserError, which begins with `what`,
+    if the data set or the network is missing."""
     try:
         # Not list_repo_files(), which tries for half a minute if there is no network.
         info = HfApi().dataset_info(repo_id, revision="main")
         return [file.rfilename for file in info.siblings]
-    except (HTTPError, OSError, ValueError):
-        return []
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def load_model(checkpoint):
@@ -657,6 +670,7 @@ def write_checkpoint(out, ema, state, required=True):
             replace(staging / name, path)
         shutil.rmtree(staging, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
         message = f"cannot write to {out}, which keeps its last checkpoint"
         then = "Training goes on, and the next checkpoint is tried as usual."
         raise_unless_held(error, message, path, required, then)
@@ -696,9 +710,12 @@ def restore_state(state, model, ema, optimizer, pictures):
         raise UserError(message) from error
     before = state.get("pictures", pictures)
     if before != pictures:
-        print(
-            f"warning: {sum(before)} pictures have become {sum(pictures)} since the run began: "
-            "others are held out, and losses before and after do not compare",
+        change = f"{sum(before)} pictures have become {sum(pictures)}"
+        if sum(before) == sum(pictures):
+            change = "pictures have changed class"
+        print_once(
+            f"warning: {change} since the run began: others are held out, and losses before and "
+            "after do not compare",
             file=sys.stderr,
         )
 
@@ -708,7 +725,8 @@ def load_initial_weights(checkpoint, model):
     random. Raises UserError if the sizes differ."""
     trained = load_model(checkpoint)
     if trained.class_names != model.class_names:
-        print(f"{checkpoint} has other classes: the class embeddings start from random values")
+        message = "has other classes: the class embeddings start from random values"
+        print_once(f"{checkpoint} {message}")
         trained.class_embedding = model.class_embedding  # so that they are what is loaded
     try:
         model.load_state_dict(trained.state_dict())

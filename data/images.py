@@ -11,7 +11,6 @@ CSV file with the labels: find_classes() knows these. It reports what it used an
 import contextlib
 import csv
 import io
-import os
 import re
 import struct
 import sys
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm.contrib.concurrent import thread_map
 
-from common import download, list_files
+from common import download, list_files, print_once
 from data.drawn import draw_butterflies
 from model import UserError
 
@@ -104,18 +103,17 @@ def load_images(folder, image_size):
     class_names = sorted(classes)
     paths = [path for name in class_names for path in classes[name]]
     pictures = read_all(lambda path: read_picture(path, image_size), paths)
-    picture_of = dict(zip(paths, pictures))
+    label_of_path = [label for label, name in enumerate(class_names) for _ in classes[name]]
 
     images, labels, broken = [], [], []
-    for label, name in enumerate(class_names):
-        for path in classes[name]:
-            if picture_of[path] is not None:
-                images.append(picture_of[path])
-                labels.append(label)
-            elif suffix(path) in PICTURE_SUFFIXES:
-                broken.append(path)
-            else:
-                passed_over[suffix(path)] += 1
+    for path, label, picture in zip(paths, label_of_path, pictures):
+        if picture is not None:
+            images.append(picture)
+            labels.append(label)
+        elif suffix(path) in PICTURE_SUFFIXES:
+            broken.append(path)
+        else:
+            passed_over[suffix(path)] += 1
 
     if broken:
         listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
@@ -135,15 +133,8 @@ def load_images(folder, image_size):
 
 def read_all(read, items):
     """[read(item)], by several threads: Pillow decodes outside of Python's global lock."""
-    options = {"desc": "reading pictures", "leave": False}
-    options["disable"] = None  # no progress bar unless stderr is a terminal
-    return thread_map(read, items, **options)
-
-
-def print_once(text, file=None):
-    """Print, but only in the first of several processes."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=file or sys.stdout, flush=True)
+    disable = None  # no progress bar unless stderr is a terminal
+    return thread_map(read, items, desc="reading pictures", leave=False, disable=disable)
 
 
 def describe(kind, count):
@@ -271,8 +262,8 @@ def files_below(folder, passed_over, parents=()):
 def find_labels(folder, passed_over):
     """What find_classes returns, if a CSV file in the folder labels its pictures; else None.
 
-    Raises UserError if there are two such files, if some of the pictures have no label, or if they
-    also lie in folders that say otherwise.
+    Raises UserError if there are two such files, if some of the pictures have no label, if they
+    also lie in folders that say otherwise, or if it names none of them and no folder does.
     """
     tables = {}
     for path in list_folder(folder, Counter())[1]:
@@ -290,7 +281,8 @@ def find_labels(folder, passed_over):
     table = next(iter(tables))
     labels = tables[table]
 
-    # A table may name train/fish/1.jpg so, or fish/1.jpg, 1.jpg or 1.
+    # A table may name train/fish/1.jpg so, or fish/1.jpg, 1.jpg or 1; or by a path elsewhere that
+    # ends like one of these.
     pictures = pictures_among(files_below(folder, Counter()))
     paths_by_name = {}
     for path in pictures:
@@ -302,7 +294,9 @@ def find_labels(folder, passed_over):
 
     label_of, missing = {}, 0
     for name, label in labels.items():
-        found = paths_by_name.get(name, [])
+        parts = PurePosixPath(name).parts
+        ends = [str(PurePosixPath(*parts[start:])) for start in range(len(parts))]
+        found = next((paths_by_name[end] for end in ends if end in paths_by_name), [])
         if len(found) > 1:  # the same name in several splits
             found = [path for path in found if is_in(path, folder, TRAINING_SPLITS)]
         if len(found) == 1:
@@ -314,6 +308,9 @@ def find_labels(folder, passed_over):
             if is_in(path, folder, HELD_OUT_SPLITS):
                 del label_of[path]
     if not label_of:
+        if len({path.parent for path in pictures}) == 1:  # no class folders
+            named = next(iter(labels))
+            raise UserError(f"{table} labels {named} and others, but none of the pictures here")
         return None  # the CSV is about something else
 
     labelled_folders = {path.parent for path in label_of}
@@ -407,12 +404,12 @@ def read_picture(file, image_size):
         return None
     if image.mode.startswith("I") or image.mode == "F":
         image = to_8_bits(image, format_name)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size))
-    return pil_to_tensor(image)
+    transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    image = image.convert("RGBA" if transparent else "RGB")
+    image = ImageOps.fit(image, (image_size, image_size))  # what is transparent has no weight
+    if transparent:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return pil_to_tensor(image.convert("RGB"))
 
 
 def to_8_bits(image, format_name):
@@ -446,7 +443,10 @@ def scaled(values, black, white):
 def load_from_hub(name, image_size):
     """A data set on the Hub: pictures in folders, or files that the `datasets` library reads."""
     hint = f"no data set at {name}; try --preset laptop, or --dataset FOLDER"
-    files = [PurePosixPath(file) for file in list_files(name)]
+    try:
+        files = [PurePosixPath(file) for file in list_files(name, hint)]
+    except UserError as error:
+        return load_downloaded(name, image_size, error)
     if is_packed(files) or (files and not pictures_among(files)):
         return load_with_datasets(name, image_size)
 
@@ -455,8 +455,30 @@ def load_from_hub(name, image_size):
     if any(split_name(top) in TRAINING_SPLITS for top in tops):
         ignored = [f"{top}/*" for top in tops if split_name(top) in HELD_OUT_SPLITS]
     folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
+    return load_snapshot(folder, name, image_size)
+
+
+def load_downloaded(name, image_size, error):
+    """What an earlier run has downloaded, now that the Hub cannot be asked. Raises the error, which
+    says why, if there is nothing."""
+    # The Hub library insists on files that only an earlier listing could tell it to ignore.
+    ends = [f"{split}{end}" for split in HELD_OUT_SPLITS for end in ("", "set", "_set")]
+    held_out = [f"{form}/*" for end in ends for form in (end, end.capitalize(), end.upper())]
+    options = {"repo_type": "dataset", "local_files_only": True, "ignore_patterns": held_out}
+    try:
+        folder = download(name, "", **options)
+    except UserError:
+        raise error from None
+    if is_packed(files_below(folder, Counter())):
+        return load_with_datasets(name, image_size)
+    print_once(f"the Hub cannot be reached: {name} is what was downloaded before")
+    return load_snapshot(folder, name, image_size)
+
+
+def load_snapshot(folder, name, image_size):
+    """The pictures in a folder of the Hub's cache."""
     images, labels, class_names = load_images(folder, image_size)
-    if class_names == [folder.resolve().name]:  # the commit, after which the cache names folders
+    if class_names == [folder.resolve().name]:  # which is a commit's hash
         class_names = [name.rpartition("/")[2]]
     return images, labels, class_names
 
@@ -482,7 +504,7 @@ def load_with_datasets(name, image_size):
         raise UserError(message) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    problems = (datasets.exceptions.DatasetsError, OSError, ValueError)
+    problems = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
     try:
         builder = datasets.load_dataset_builder(name)
         files = (builder.config.data_files or {}).get("train", [])
@@ -501,11 +523,12 @@ def load_with_datasets(name, image_size):
     columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
     if not columns:
         raise UserError(f"{name} has no column of pictures, only {', '.join(features)}")
-    encoded = dataset.cast_column(columns[0], datasets.Image(decode=False))
+    encoded = dataset.select_columns(columns[:1])
+    encoded = encoded.cast_column(columns[0], datasets.Image(decode=False))
 
     label_column, labels = find_label_column(datasets, dataset)
     if label_column is None:
-        labels = [name] * len(dataset)
+        labels = [Path(name).resolve().name] * len(dataset)
 
     def read(row):
         image = encoded[row][columns[0]]
@@ -541,20 +564,25 @@ def load_with_datasets(name, image_size):
 
 
 def find_label_column(datasets, dataset):
-    """The first column of class labels, or else of strings that repeat, as captions do not; and
-    the class names in it, row by row, where None is no label. (None, None) without such a column.
+    """The first column of class labels; or else one that is called so, or of strings that repeat,
+    as captions do not. And the class names in it, row by row, where None is no label. (None, None)
+    without such a column.
     """
-    strings = []
+    named, strings = [], []
     for column, kind in dataset.features.items():
         if isinstance(kind, datasets.ClassLabel):
             ids = dataset[column][:]
             return column, [kind.names[i] if i is not None and i >= 0 else None for i in ids]
-        if isinstance(kind, datasets.Value) and kind.dtype == "string":
+        is_string = isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
+        is_whole = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
+        if column.casefold() in (*LABEL_COLUMNS, "cls") and (is_string or is_whole):
+            named.append(column)
+        elif is_string and not column.startswith("__"):  # a WebDataset's own, such as __url__
             strings.append(column)
-    for column in strings:
+    for column in named + strings:
         values = dataset[column][:]
         if are_classes(values):
-            return column, values
+            return column, [None if value is None else str(value) for value in values]
     return None, None
 
 

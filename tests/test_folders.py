@@ -213,6 +213,21 @@ def test_tables_about_something_else_are_no_labels(tmp_path):
     assert classes(tmp_path / "few") == {"few": 3}
 
 
+@pytest.mark.parametrize("before", ["/home/me/fish/", "C:\\fish\\", "my_pictures/train/"])
+def test_a_table_may_name_pictures_by_where_they_once_were(tmp_path, before):
+    save(*(tmp_path / f"{n}.png" for n in range(3)))
+    rows = "".join(f"{before}{n}.png,{'ab'[n % 2]}\n" for n in range(3))
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    assert classes(tmp_path) == {"a": 2, "b": 1}
+
+
+def test_a_table_that_names_none_of_the_loose_pictures_is_refused(tmp_path):
+    save(*(tmp_path / f"{n}.png" for n in range(3)))
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,a\ny.png,b\n")
+    with pytest.raises(UserError, match="labels.csv labels x.png and others, but none"):
+        load_images(tmp_path, 16)
+
+
 def test_labels_that_do_not_cover_the_pictures_are_refused(tmp_path):
     kaggle(tmp_path, ["a", "b", "a"])
     save(tmp_path / "train" / "new.jpg")

@@ -61,8 +61,17 @@ def test_labels_may_be_strings_and_captions_are_none(tmp_path, capsys):
     assert names == ["a", "b"] and labels.tolist() == [0, 0, 1, 1, 1, 1]
     write_parquet(tmp_path / "b" / "train.parquet", 6, {"text": captions}, {"text": string})
     _, labels, names = load_dataset(str(tmp_path / "b"), 16)
-    assert names == [str(tmp_path / "b")] and labels.tolist() == [0] * 6
+    assert names == ["b"] and labels.tolist() == [0] * 6
     assert "no labels: one class" in capsys.readouterr().out
+
+
+def test_labels_may_be_whole_numbers(tmp_path, capsys):
+    columns = {"sex": list("fmfmfm"), "Label": [3, 12, 3, 12, 3, 3]}
+    kinds = {"sex": datasets.Value("string"), "Label": datasets.Value("int64")}
+    write_parquet(tmp_path / "a" / "train.parquet", 6, columns, kinds)
+    _, labels, names = load_dataset(str(tmp_path / "a"), 16)
+    assert set(names) == {"3", "12"} and sorted(labels.bincount().tolist()) == [2, 4]
+    assert "labels: Label" in capsys.readouterr().out
 
 
 def test_a_data_set_without_pictures_is_one_line(tmp_path):
@@ -92,14 +101,17 @@ def test_a_zip_of_pictures(tmp_path):
 
 def test_webdataset(tmp_path):
     (tmp_path / "d").mkdir()
-    with tarfile.open(tmp_path / "d" / "train-0000.tar", "w") as archive:
-        for n in range(4):
-            for suffix, content in (("png", png(n)), ("json", json.dumps({"label": n}).encode())):
-                member = tarfile.TarInfo(f"{n:04}.{suffix}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    images, labels, _ = load_dataset(str(tmp_path / "d"), 16)
+    for shard in range(2):  # which are no classes
+        with tarfile.open(tmp_path / "d" / f"train-000{shard}.tar", "w") as archive:
+            for n in range(2 * shard, 2 * shard + 2):
+                members = (("png", png(n)), ("json", json.dumps({"label": n}).encode()))
+                for suffix, content in members:
+                    member = tarfile.TarInfo(f"{n:04}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    images, labels, names = load_dataset(str(tmp_path / "d"), 16)
     assert images[:, 0, 0, 0].tolist() == [0, 9, 18, 27] and labels.tolist() == [0] * 4
+    assert names == ["d"]  # the folder's name, not where it lies
 
 
 @pytest.fixture
@@ -159,6 +171,10 @@ def test_of_folders_on_the_hub_train_alone_is_downloaded(tmp_path):
     assert "2 classes, 8 pictures" in out
     assert any("train/a" in path for path in hub.asked)
     assert not any("test/a" in path for path in hub.asked)
+
+    # Without the Hub, what was downloaded is enough: test/ is not missed.
+    out, _ = call("train.py", *few, "--overwrite", cwd=tmp_path, **extra)
+    assert "2 classes, 8 pictures" in out and "the Hub cannot be reached" in out
 
 
 def test_a_flat_repository_is_a_class_of_its_own_name(tmp_path):

@@ -1,13 +1,14 @@
 """sample.py as a user calls it: pictures, names, files, and refusals."""
 
 import sys
+import unicodedata
 
 import pytest
 import torch
 from conftest import call, refused
 from PIL import Image
 
-from common import find_class, load_model, pick_device
+from common import find_class, folder_names, load_model, pick_device
 from model import DiT, UserError
 from sample import DEFAULT_STEPS, generate, to_grid, to_uint8
 
@@ -107,6 +108,14 @@ def test_a_thousand_pictures_are_all_saved_and_are_the_grids(tmp_path):
                 assert grid.crop(box).tobytes() == picture.tobytes()
 
 
+def test_classes_have_folders_of_their_own_on_every_system():
+    folders = folder_names(["Mr.", "Mr", "mr ", "con", "\u00e9", "e\u0301", "fish"])
+    assert folders[-1] == "fish" and folders[1] == "Mr"
+    assert not any(folder.endswith((".", " ")) or folder.upper() == "CON" for folder in folders)
+    composed = {unicodedata.normalize("NFC", folder).casefold() for folder in folders}
+    assert len(composed) == 7
+
+
 def test_a_gif_has_a_frame_a_step_and_ends_with_the_picture(trained, tmp_path):
     flags = ["--class-id", 0, "--gif", "--output", tmp_path / "way.png", *FEW]
     out, _ = call("sample.py", *flags, cwd=trained)
@@ -131,7 +140,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
         (["--class-name", "yelow-spots-tailed"], ["yelow-spots-tailed", "--list-classes"]),
         (["--class-name", "0123456789"], ["0123456789", "--list-classes"]),
         (["--steps", "0"], ["--steps"]),
-        (["--steps", "ten"], ["--steps", "ten"]),
+        (["--steps", "ten"], ["--steps", "ten is not a number"]),
         (["--num-images", "0"], ["--num-images"]),
         (["--cfg-scale", "nan"], ["--cfg-scale"]),
         (["--seed", "-1"], ["--seed"]),
