@@ -97,7 +97,7 @@ def draw_paths(axes):
     for number, start in enumerate(STARTS):
         first = number == 0
         smooth, coarse = euler_path(start, 400), euler_path(start, EULER_STEPS)
-        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean" if first else None)
+        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean velocity" if first else None)
         name = f"{EULER_STEPS} Euler steps" if first else None
         axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1, label=name)
     axes.scatter(*torch.cat([noise, STARTS]).T, color="0.3", s=6, zorder=2)
@@ -105,6 +105,7 @@ def draw_paths(axes):
     axes.text(NOISE_CENTRE[0], -3.0, "noise", ha="center")
     axes.text(2.7, -2.4, "data", ha="center", color="C0")
     axes.set(ylim=(-3.2, 3.2), title="(c) many lines, and their mean")
+    axes.invert_xaxis()  # data on the left, as in (a)
     axes.axis("off")
     axes.legend(loc="upper left", fontsize=8, frameon=False)
 
