@@ -286,7 +286,7 @@ BUGS = {
     ),
     "an AttributeError while pictures are read": (
         "data/images.py",
-        '    image = ImageOps.fit(image.convert("RGB"), (image_size, image_size))\n',
+        '    image = image.convert("RGBA" if transparent else "RGB")\n',
         "planted = image.colour",
         "AttributeError",
     ),
