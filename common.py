@@ -668,12 +668,12 @@ def write_checkpoint(out, ema, state, required=True):
         for name in CHECKPOINT_FILES:
             path = out / name
             replace(staging / name, path)
-        shutil.rmtree(staging, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         message = f"cannot write to {out}, which keeps its last checkpoint"
         then = "Training goes on, and the next checkpoint is tried as usual."
         raise_unless_held(error, message, path, required, then)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_state(path):

@@ -51,13 +51,17 @@ def last_grid(run):
     return max(grids, key=lambda path: (len(path.name), path.name), default=None)
 
 
+def whole_rows(log):
+    """The rows {column: text} of a log.csv, but for one that was cut short, as on a full disk."""
+    with open(log, encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
 def last_figures(run):
-    """The last row of a run's log, as a sentence; nothing without a log. A row that was cut short,
-    as on a full disk, does not count."""
+    """The last row of a run's log, as a sentence; nothing without a log."""
     if run is None or not Path(run, "log.csv").is_file():
         return ""
-    with open(Path(run, "log.csv"), encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    rows = whole_rows(Path(run, "log.csv"))
     if not rows:
         return ""
     row = rows[-1]

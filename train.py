@@ -282,8 +282,7 @@ def save_checkpoint(model, ema, optimizer, progress, required=True):
 
 def main(arguments=None):
     """Train. arguments: flags, such as ["--steps", "100"]; by default those of the command line, or
-    none in a notebook.
-    Flags change constants of this module; afterwards they are what they were before."""
+    none in a notebook. Flags change constants of this module, which main() puts back."""
     constants = {name: globals()[name] for name in SETTINGS}
     try:
         train(*parse_flags(arguments))

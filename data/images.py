@@ -101,12 +101,11 @@ def load_images(folder, image_size):
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error}") from error
     class_names = sorted(classes)
-    paths = [path for name in class_names for path in classes[name]]
-    pictures = read_all(lambda path: read_picture(path, image_size), paths)
-    label_of_path = [label for label, name in enumerate(class_names) for _ in classes[name]]
+    labelled = [(path, label) for label, name in enumerate(class_names) for path in classes[name]]
+    pictures = read_all(lambda item: read_picture(item[0], image_size), labelled)
 
     images, labels, broken = [], [], []
-    for path, label, picture in zip(paths, label_of_path, pictures):
+    for (path, label), picture in zip(labelled, pictures):
         if picture is not None:
             images.append(picture)
             labels.append(label)
@@ -573,8 +572,9 @@ def find_label_column(datasets, dataset):
         if isinstance(kind, datasets.ClassLabel):
             ids = dataset[column][:]
             return column, [kind.names[i] if i is not None and i >= 0 else None for i in ids]
-        is_string = isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
-        is_whole = isinstance(kind, datasets.Value) and kind.dtype.startswith(("int", "uint"))
+        dtype = kind.dtype if isinstance(kind, datasets.Value) else ""
+        is_string = dtype in ("string", "large_string")
+        is_whole = dtype.startswith(("int", "uint"))
         if column.casefold() in (*LABEL_COLUMNS, "cls") and (is_string or is_whole):
             named.append(column)
         elif is_string and not column.startswith("__"):  # a WebDataset's own, such as __url__

@@ -66,10 +66,8 @@ def draw_line(axes):
     axes.axis("off")
 
 
-def draw_pictures(grid_axes, model):
-    """(b) What the network makes of one picture at five t."""
-    images, labels, _ = draw_butterflies(1, model.image_size, seed=7)
-    x = images[labels == CLASS_ID].float() / 127.5 - 1
+def draw_pictures(grid_axes, model, x):
+    """(b) What the network makes of a picture x (1,3,S,S), in [-1, 1], at five t."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     for column, t in enumerate(TIMES):
         z = (1 - t) * x + t * noise
@@ -119,12 +117,14 @@ def main():
     flags = parser.parse_args()
     plt = pyplot()
     model = common.load_model(flags.checkpoint)
-    if model.class_names != draw_butterflies(1, 16, seed=0)[2]:
+    images, labels, class_names = draw_butterflies(1, model.image_size, seed=7)
+    if model.class_names != class_names:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")
+    x = images[labels == CLASS_ID].float() / 127.5 - 1
     figure = plt.figure(figsize=(12, 3.9), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.25, 1.1))
     draw_line(left.subplots())
-    draw_pictures(middle.subplots(3, len(TIMES)), model)
+    draw_pictures(middle.subplots(3, len(TIMES)), model, x)
     middle.suptitle("(b) a butterfly at five t", fontsize=12)
     draw_paths(right.subplots())
     save_figure(figure, flags.output, dpi=100)

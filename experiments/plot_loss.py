@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
+import hub  # noqa: E402
 from model import UserError  # noqa: E402
 
 
@@ -32,13 +33,12 @@ def save_figure(figure, path, dpi=110):
 
 
 def read_log(path):
-    """The rows of a log.csv but one that was cut short, as on a full disk. Raises UserError if it
-    is not the log of a run, or has no row yet."""
+    """The steps of a log.csv, and {"train_loss", "val_loss"} at them. Raises UserError if it is not
+    the log of a run, or has no row yet."""
     if not path.is_file():
         raise UserError(f"no run in {path.parent}: {path} does not exist")
     try:
-        with open(path, encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        rows = hub.whole_rows(path)
         names = ("train_loss", "val_loss")
         steps = [int(row["step"]) for row in rows]
         losses = {name: [float(row[name]) for row in rows] for name in names}

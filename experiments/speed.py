@@ -175,9 +175,8 @@ def measure_training(images, labels, arguments, compiled):
         for _ in range(WARMUP):
             plain_step()
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:200]
         message = "torch.compile fails here: --compile off measures without it"
-        raise UserError(f"{message} ({reason})") from error
+        raise UserError(f"{message} ({str(error)[:200]})") from error
     steps, turns, begun, profiler = -WARMUP, [], math.nan, None
 
     def begin_step(*batch, **options):
