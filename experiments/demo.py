@@ -72,7 +72,7 @@ def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
         for z in iter(states.get, None):
             if isinstance(z, Exception):
                 raise z
-            yield sample.to_grid(sample.to_uint8(z), columns=min(num_images, 4))
+            yield sample.to_grid(sample.to_uint8(z), columns=math.ceil(math.sqrt(num_images)))
     finally:
         abandoned.set()
 
@@ -118,7 +118,7 @@ def build_page(model, checkpoint):
                 seed = gradio.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
                 button = gradio.Button("Sample", variant="primary")
             with gradio.Column(scale=2):
-                grid = gradio.Image(label="pictures", type="pil", format="png", interactive=False)
+                grid = gradio.Image(show_label=False, type="pil", format="png", interactive=False)
                 line = gradio.Code(
                     label="the same on the command line", language="shell", wrap_lines=True
                 )
