@@ -1,4 +1,4 @@
-"""Two pictures of the README: what the network was shown, and how its pictures come about.
+"""Pictures of the README and of RESULTS.md: what the network is shown, and how its own come about.
 
     python experiments/pictures.py assets/laptop
 
