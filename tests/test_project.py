@@ -257,6 +257,16 @@ def test_a_page_names_files_that_exist(page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])
+def test_commands_can_be_pasted_into_any_shell(page):
+    # The shells of macOS and Windows take a comment for arguments, and older PowerShells refuse &&.
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 5
+    for line in lines:
+        assert "#" not in line and ("&&" not in line or line.endswith("&& pytest -n auto")), line
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/RESULTS.md"])
 def test_a_page_names_flags_that_exist(page):
     def flags_of(script):
         return {"--help", *re.findall(r'"(--[\w-]+)"', (ROOT / script).read_text("utf-8"))}
@@ -283,10 +293,8 @@ def test_the_readme_quotes_code_that_is_there():
         (ROOT / name).read_text("utf-8") for name in ("model.py", "train.py", "sample.py")
     )
     method = text.split("## The method")[1].split("\n## ")[0]
-    quoted = [
-        line.replace("\\|", "/").split("|")[0].strip(" `") for line in method.split("\n| ")[1:]
-    ]
-    quoted = [line for line in quoted if line not in ("code", "---")]
+    rows = [line for line in method.splitlines() if line.startswith("| `")][1:]  # [0] is the header
+    quoted = [row.split(" | ")[0].strip("| `") for row in rows]
     assert len(quoted) > 8
     for line in quoted:
         assert line in code, line
