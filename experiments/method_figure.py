@@ -125,7 +125,7 @@ def main():
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.25, 1.1))
     draw_line(left.subplots())
     draw_pictures(middle.subplots(3, len(TIMES)), model, x)
-    middle.suptitle("(b) a butterfly at five t", fontsize=12)
+    middle.suptitle("(b) one butterfly at five times t", fontsize=12)
     draw_paths(right.subplots())
     save_figure(figure, flags.output, dpi=100)
     print(flags.output)
