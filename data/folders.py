@@ -2,12 +2,14 @@
 
 A folder may hold one folder of pictures per class, or nothing but pictures, which are one class.
 Around that, people's folders have splits (train beside test), one folder wrapping everything, or a
-CSV file with the labels: find_classes() knows these, and counts what it passes over.
+table with the labels: find_classes() knows these, and counts what it passes over. It goes by the
+names of files; data/images.py then tries to read them, whatever their endings say.
 """
 
 import contextlib
 import csv
 import io
+import json
 import re
 from collections import Counter
 from pathlib import PurePosixPath
@@ -28,16 +30,21 @@ PICTURE_SUFFIXES = {
     for suffix, kind in Image.registered_extensions().items()
     if kind in Image.OPEN and kind not in UNREADABLE_FORMATS
 }
+# What data sets have beside their pictures. A folder of nothing else is no class.
+DOCUMENT_SUFFIXES = ".csv .htm .html .json .jsonl .log .mat .md .npy .npz .pdf .pkl .py".split()
+DOCUMENT_SUFFIXES += ".ipynb .tsv .txt .xml .yaml .yml".split()
 
 TRAINING_SPLITS = ("train", "training")
 # What lies beside "train". Names may end in "set", as in test_set.
 HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "eval")
-SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information")
+SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 RUN_FILES = ("train_state.pt", "model.safetensors")  # in the folder of a run
 
-# Columns of a CSV file, in the order of preference; spaces and underscores do not count.
-FILE_COLUMNS = "filename file filepath filepaths path image imagename imageid imageindex id".split()
-LABEL_COLUMNS = "label labels class classname category species".split()
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+# Columns of a table, in the order of preference; spaces and underscores do not count.
+FILE_COLUMNS = "filename file filepath filepaths path image imagename imagepath imagefile".split()
+FILE_COLUMNS += "imageid imageindex img imgname imgpath fname id".split()
+LABEL_COLUMNS = "label labels class classname category species target".split()
 
 
 # Layouts of folders
@@ -47,37 +54,43 @@ def find_classes(folder, passed_over):
     """{class name: sorted paths of its files} of a folder, and a description of their source.
 
     passed_over: a Counter, to which this function adds what it skips. Nothing hidden is looked at.
-    In this order: a CSV file that labels the pictures; train, beside test or val; the only folder,
-    if it wraps everything; class folders; pictures that lie directly in the folder. Raises
-    UserError if there are two readings.
+    In this order: a table that labels the pictures; train, beside test or val; the only folder, if
+    it wraps everything; class folders; pictures that lie directly in the folder. Raises UserError
+    if there are two readings.
     """
-    labelled = find_labels(folder, passed_over)
+    labelled = classes_from_table(folder, passed_over)
     if labelled:
         return labelled
     folders, files = list_folder(folder, passed_over)
     pictures = pictures_among(files)
+    for path in [path for path in files if suffix(path) in TABLE_SUFFIXES]:
+        if not read_table(path):
+            files.remove(path)
+            passed_over[f"table without columns such as filename and label ({path.name})"] += 1
 
-    train = [entry for entry in folders if split_name(entry.name) in TRAINING_SPLITS]
-    held_out = [entry for entry in folders if split_name(entry.name) in HELD_OUT_SPLITS]
-    if len(train) == 1 and held_out:
-        for entry in folders:
-            if entry != train[0]:
-                kind = f"pictures in {entry.name}, beside the split {train[0].name}"
-                passed_over[kind] += len(pictures_among(files_below(entry, Counter())))
-        classes, source = find_classes(train[0], passed_over)
+    split = find_split(folders)
+    if split:
+        train, others = split
+        pass_over_splits(others, train, passed_over)
+        classes, source = find_classes(train, passed_over)
         return classes, f"{source}, the split for training"
 
+    for entry in list(folders):
+        if holds_documents(entry):
+            folders.remove(entry)
+            passed_over[f"folder of documents ({entry.name})"] += 1
     if len(folders) == 1 and not pictures and is_wrapper(folders[0]):
         return find_classes(folders[0], passed_over)
 
-    classes = {entry.name: files_below(entry, passed_over) for entry in folders}
+    classes = {entry.name: files_of_class(entry, passed_over) for entry in folders}
     in_folders = sum(len(pictures_among(paths)) for paths in classes.values())
-    if not folders or (pictures and in_folders == 0):
+    if not classes or (pictures and in_folders == 0):
         return {folder.resolve().name: files}, str(folder)
-    if len(folders) == 1 and len(pictures) > in_folders:
+    if len(pictures) >= max(1, in_folders):
+        names = ", ".join(sorted(classes)[:3]) + (", ..." if len(classes) > 3 else "")
         raise UserError(
-            f"{folder} has {len(pictures)} pictures beside the folder {folders[0].name}: put all "
-            "of them into folders, one per class, or all of them into one folder"
+            f"{folder} has {len(pictures)} pictures beside the folder {names}: put all of them "
+            "into folders, one per class, or all of them into one folder"
         )
     for path in files:
         is_picture = suffix(path) in PICTURE_SUFFIXES
@@ -85,16 +98,58 @@ def find_classes(folder, passed_over):
     return classes, str(folder)
 
 
-def split_name(name):
-    """The name of a folder as the lists of splits have it: test for Test_Set or testset."""
-    return re.sub(r"[\W_]*set$", "", name.casefold())
+def split_of(name):
+    """What the name of a folder says about a split: ("train", ()) for Training_Set or trainset,
+    ("test", ("seg",)) for seg_val; the second part is the rest of it. None without a split."""
+    words = [word.removesuffix("set") for word in re.split(r"[\W_]+", name.casefold())]
+    splits = [word for word in words if word in (*TRAINING_SPLITS, *HELD_OUT_SPLITS)]
+    if len(splits) != 1:
+        return None
+    rest = tuple(word for word in words if word and word not in splits)
+    return ("train" if splits[0] in TRAINING_SPLITS else "test"), rest
+
+
+def find_split(folders):
+    """(the folder for training, the others), if some of the folders are called as splits are: train
+    beside test, or seg_train beside seg_test. Otherwise None."""
+    splits = {entry: split_of(entry.name) for entry in folders}
+    rests = [split[1] for split in splits.values() if split and split[0] == "test"]
+    train = [entry for entry in folders if splits[entry] in [("train", rest) for rest in rests]]
+    if len(train) > 1:  # train_masks, perhaps, beside train
+        train = [entry for entry in train if splits[entry] == ("train", ())]
+    if len(train) != 1:
+        return None
+    return train[0], [entry for entry in folders if entry != train[0]]
+
+
+def pass_over_splits(others, train, passed_over):
+    """Count the pictures in the folders beside that for training."""
+    for entry in others:
+        kind = f"pictures in {entry.name}, beside the split {train.name}"
+        passed_over[kind] += len(pictures_among(files_below(entry, Counter())))
+
+
+def files_of_class(folder, passed_over):
+    """Sorted paths of all files of a class; of those for training, if the class has splits."""
+    folders, files = list_folder(folder, Counter())
+    split = find_split(folders)
+    if not split:
+        return files_below(folder, passed_over)
+    pass_over_splits(split[1], split[0], passed_over)
+    return sorted(files + files_below(split[0], passed_over))
+
+
+def holds_documents(folder):
+    """Whether a folder holds what data sets have beside their pictures, and nothing else."""
+    paths = files_below(folder, Counter())
+    return len(paths) > 0 and all(suffix(path) in DOCUMENT_SUFFIXES for path in paths)
 
 
 def is_wrapper(folder):
     """Whether a folder that is alone in another is no class: it holds labels, or several folders
     and no picture, or another wrapper."""
     folders, files = list_folder(folder, Counter())
-    if find_labels(folder, Counter()):
+    if classes_from_table(folder, Counter()):
         return True
     if pictures_among(files) or not folders:
         return False
@@ -124,14 +179,14 @@ def list_folder(folder, passed_over):
             continue
         elif entry.name.casefold() in SYSTEM_FOLDERS:
             passed_over[f"system folder ({entry.name})"] += 1
-        elif is_of_a_run(entry):
+        elif is_run_folder(entry):
             passed_over[f"run folder ({entry.name})"] += 1
         else:
             folders.append(entry)
     return folders, files
 
 
-def is_of_a_run(folder):
+def is_run_folder(folder):
     """Whether train.py or sample.py wrote the folder."""
     if any((folder / name).exists() for name in RUN_FILES):
         return True
@@ -153,66 +208,85 @@ def files_below(folder, passed_over, parents=()):
     return sorted(files)
 
 
-# Labels in a CSV file
+# Labels in a table
 
 
-def find_labels(folder, passed_over):
-    """What find_classes returns, if a CSV file in the folder labels its pictures; else None.
+def classes_from_table(folder, passed_over):
+    """What find_classes returns, if a table in the folder labels its pictures; else None.
 
-    Raises UserError if there are two such files, if some of the pictures have no label, if they
-    also lie in folders that say otherwise, or if it names none of them and no folder does.
+    Raises UserError if there are two such tables, if some of the pictures have two labels or none,
+    if they also lie in folders that say otherwise, or if they all lie in one folder and the table
+    names none of them.
     """
-    tables = {}
-    for path in list_folder(folder, Counter())[1]:
-        rows = read_table(path) if suffix(path) == ".csv" else {}
-        if rows:
-            tables[path] = rows
-    if not tables:
+    table, labels = find_table(folder)
+    if not labels:
         return None
-    if len(tables) > 1:  # perhaps one for training and one for testing
-        chosen = [path for path in tables if has_word(path.stem, TRAINING_SPLITS)]
-        if len(chosen) != 1:
-            names = ", ".join(path.name for path in tables)
-            raise UserError(f"{folder} has several CSV files with labels ({names}): keep one")
-        tables = {chosen[0]: tables[chosen[0]]}
-    table = next(iter(tables))
-    labels = tables[table]
     pictures = pictures_among(files_below(folder, Counter()))
     label_of, missing = match_labels(labels, pictures, folder)
-    if not label_of:
-        if len({path.parent for path in pictures}) == 1:  # no class folders
-            named = next(iter(labels))
-            raise UserError(f"{table} labels {named} and others, but none of the pictures here")
-        return None  # the CSV is about something else
-
-    labelled_folders = {path.parent for path in label_of}
-    if len(labelled_folders) > 1:
-        if all(path.parent.name == label for path, label in label_of.items()):
+    if missing > len(label_of) and len(class_folders(pictures)) > 1:
+        return None  # a list of something else, such as of the classes
+    if pictures and not label_of:
+        named = next(iter(labels))
+        raise UserError(f"{table} labels {named} and others, but none of the pictures here")
+    if len(class_folders(label_of)) > 1:
+        pairs = [(path.parent.name, label) for path, label in label_of.items() if label]
+        if all(plain(name) == plain(label) for name, label in pairs):
             return None  # it says what the class folders say
-        names = {split_name(entry.name) for entry in labelled_folders}
-        if len(names - {*TRAINING_SPLITS, *HELD_OUT_SPLITS}) > 1:
-            message = f"{folder} has folders of pictures, and other labels in {table.name}"
-            raise UserError(f"{message}: remove the one or the other")
+        raise UserError(
+            f"{folder} has folders of pictures, and other labels in {table.name}: remove the "
+            "table, or move all pictures into one folder"
+        )
+    doubtful = [path for path, label in label_of.items() if not label]
+    if doubtful:
+        named = doubtful[0].relative_to(folder)
+        raise UserError(f"{table} gives {named} two labels: nanoDiT takes one per picture")
+    labelled_folders = {path.parent for path in label_of}
     unlabelled = [p for p in pictures if p.parent in labelled_folders and p not in label_of]
     if unlabelled:
         raise UserError(
             f"{table} labels {len(label_of)} pictures, and {len(unlabelled)} beside them have no "
             f"label, such as {unlabelled[0].name}: add rows for them, or move them away"
         )
-    if missing:
-        passed_over[f"rows of {table.name} that name no picture"] += missing
-    if len(pictures) > len(label_of):
-        others = len(pictures) - len(label_of)
-        passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
+
     classes = {}
+    for_training = any(is_in_split(path, folder, "train") for path in label_of)
     for path, label in sorted(label_of.items()):
-        classes.setdefault(label, []).append(path)
+        if for_training and is_in_split(path, folder, "test"):
+            passed_over[f"pictures that {table.name} labels, but not for training"] += 1
+        else:
+            classes.setdefault(label, []).append(path)
+    passed_over[f"rows of {table.name} that name no picture"] += missing
+    others = len(pictures) - len(label_of)
+    passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
     return classes, f"{folder}, labelled by {table.name}"
 
 
+def class_folders(paths):
+    """The folders that paths lie in, other than splits."""
+    return {path.parent for path in paths if split_of(path.parent.name) is None}
+
+
+def find_table(folder):
+    """The path and the {file: label} of the table in a folder; (None, {}) if there is none. Raises
+    UserError if there are several, and not just one of them is for training."""
+    tables = {}
+    for path in list_folder(folder, Counter())[1]:
+        labels = read_table(path) if suffix(path) in TABLE_SUFFIXES else {}
+        if labels:
+            tables[path] = labels
+    if len(tables) > 1:  # perhaps one for training and one for testing
+        splits = {path: split_of(path.stem) for path in tables}
+        chosen = [path for path in tables if splits[path] and splits[path][0] == "train"]
+        if len(chosen) != 1:
+            names = ", ".join(path.name for path in tables)
+            raise UserError(f"{folder} has several tables of labels ({names}): keep one")
+        tables = {chosen[0]: tables[chosen[0]]}
+    return next(iter(tables.items()), (None, {}))
+
+
 def match_labels(labels, pictures, folder):
-    """{path: label} of the pictures that the rows {file: label} of a table name, without those of a
-    test split if there is one for training; and how many rows name none of them."""
+    """{path: label} of those pictures that the {file: label} of a table name, where the label is
+    None if rows contradict each other; and how many rows name none of them."""
     # A table may name train/fish/1.jpg so, or fish/1.jpg, 1.jpg or 1; or by a path elsewhere that
     # ends like one of these.
     paths_by_name = {}
@@ -223,47 +297,45 @@ def match_labels(labels, pictures, folder):
             paths_by_name.setdefault(str(name), []).append(path)
             paths_by_name.setdefault(str(name.with_suffix("")), []).append(path)
 
-    label_of, missing = {}, 0
+    # Rows may end alike, such as train/1.jpg and test/1.jpg, where only one of the pictures is
+    # here: it belongs to the row of which it has the most.
+    matches = {}  # {path: (how many parts of its name a row has, label)}
     for name, label in labels.items():
         parts = PurePosixPath(name).parts
-        ends = [str(PurePosixPath(*parts[start:])) for start in range(len(parts))]
-        found = next((paths_by_name[end] for end in ends if end in paths_by_name), [])
-        if len(found) > 1:  # the same name in several splits
-            found = [path for path in found if is_in(path, folder, TRAINING_SPLITS)]
-        if len(found) == 1:
-            label_of[found[0]] = label
-        else:
-            missing += 1
-    if any(is_in(path, folder, TRAINING_SPLITS) for path in label_of):
-        for path in list(label_of):
-            if is_in(path, folder, HELD_OUT_SPLITS):
-                del label_of[path]
-    return label_of, missing
+        for start in range(len(parts)):
+            found = paths_by_name.get(str(PurePosixPath(*parts[start:])), [])
+            if len(found) > 1:  # the same name in several splits
+                found = [path for path in found if is_in_split(path, folder, "train")]
+            if found:
+                break
+        if len(found) != 1:
+            continue
+        length = len(parts) - start
+        known_length, known_label = matches.get(found[0], (0, label))
+        if length > known_length:
+            matches[found[0]] = length, label
+        elif length == known_length and label != known_label:
+            matches[found[0]] = length, None
+    label_of = {path: label for path, (_, label) in matches.items()}
+    return label_of, len(labels) - len(label_of)
 
 
-def has_word(text, words):
-    """Whether one of the words is in a text such as Training_set."""
-    return any(word in words for word in re.split(r"[\W_]+", text.casefold()))
+def plain(name):
+    """A class name as it is compared: Golden Retriever and golden_retriever are the same."""
+    return re.sub(r"[\W_]+", " ", name.casefold())
 
 
-def is_in(path, folder, names):
-    """Whether a path below the folder leads through a folder of one of these names."""
-    return any(split_name(part) in names for part in path.relative_to(folder).parts[:-1])
+def is_in_split(path, folder, split):
+    """Whether a path below the folder leads through a split of this kind, "train" or "test"."""
+    return any(split_of(part) == (split, ()) for part in path.relative_to(folder).parts[:-1])
 
 
 def read_table(path):
-    """{file: label} of a CSV file, or {} if it has no such columns. Raises UserError if it gives a
-    file two labels."""
+    """{file: label} of a table, where the label is None if there are several; {} if it has no such
+    columns, or cannot be read."""
     try:
-        content = path.read_bytes()
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("cp1252", errors="replace")  # from older spreadsheets
-        header = text.partition("\n")[0]
-        delimiter = max(",;\t", key=header.count)
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except (OSError, ValueError, csv.Error):
+        rows = read_rows(path)
+    except (OSError, ValueError, RecursionError, csv.Error):
         return {}
     columns = {}
     for column in rows[0] if rows else []:
@@ -273,20 +345,37 @@ def read_table(path):
     labels = [columns[name] for name in LABEL_COLUMNS if name in columns]
     if files and not labels and len(columns) == 2:
         others = [column for column in columns.values() if column != files[0]]
-        labels = others if are_classes([row[others[0]] for row in rows]) else []
+        labels = others if look_like_classes([row.get(others[0]) for row in rows]) else []
     if not files or not labels:
         return {}
     table = {}
     for row in rows:
-        file, label = row[files[0]], row[labels[0]]
-        if not file or not label:
+        file, label = row.get(files[0]), row.get(labels[0])
+        if file is None or label is None or not str(file).strip() or not str(label).strip():
             continue
-        file = str(PurePosixPath(file.strip().replace("\\", "/")))
-        if table.setdefault(file, label.strip()) != label.strip():
-            raise UserError(f"{path} gives {file} two labels: nanoDiT takes one per picture")
+        file = str(PurePosixPath(str(file).strip().replace("\\", "/")))
+        label = str(label).strip()
+        if table.setdefault(file, label) != label:
+            table[file] = None
     return table
 
 
-def are_classes(values):
+def read_rows(path):
+    """The rows of a table, as dictionaries: of text with commas, semicolons or tabs, below a line
+    with their names, or of a JSON object in each line."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")  # from older spreadsheets
+    if suffix(path) == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return rows if all(isinstance(row, dict) for row in rows) else []
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+
+
+def look_like_classes(values):
     """Whether values are few enough to be classes: captions and file names are not."""
-    return len(set(values)) <= 0.7 * len(values)
+    return len(set(map(str, values))) <= 0.7 * len(values)

@@ -25,17 +25,20 @@ from data.folders import (
     HELD_OUT_SPLITS,
     LABEL_COLUMNS,
     PICTURE_SUFFIXES,
-    TRAINING_SPLITS,
-    are_classes,
     files_below,
     find_classes,
+    find_split,
+    look_like_classes,
     pictures_among,
-    split_name,
+    split_of,
     suffix,
 )
 from model import UserError
 
 PLUG_INS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
+
+# Raw photographs, of which Pillow would open no more than a thumbnail.
+RAW_SUFFIXES = ".arw .cr2 .cr3 .dng .nef .nrw .orf .pef .raf .rw2 .srw".split()
 
 PACKED = (".parquet", ".arrow", ".tar", ".zip")  # files with pictures inside
 
@@ -87,7 +90,13 @@ def load_images(folder, image_size):
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error}") from error
     class_names = sorted(classes)
-    labelled = [(path, label) for label, name in enumerate(class_names) for path in classes[name]]
+    labelled = []
+    for label, name in enumerate(class_names):
+        for path in classes[name]:
+            if suffix(path) in RAW_SUFFIXES:
+                passed_over[suffix(path)] += 1
+            else:
+                labelled.append((path, label))
     pictures = read_all(lambda item: read_picture(item[0], image_size), labelled)
 
     images, labels, broken = [], [], []
@@ -118,8 +127,8 @@ def load_images(folder, image_size):
 
 def read_all(read, items):
     """[read(item)], by several threads: Pillow decodes outside of Python's global lock."""
-    disable = None  # no progress bar unless stderr is a terminal
-    return thread_map(read, items, desc="reading pictures", leave=False, disable=disable)
+    # disable=None: no progress bar unless stderr is a terminal.
+    return thread_map(read, items, desc="reading pictures", leave=False, disable=None)
 
 
 def describe(kind, count):
@@ -150,7 +159,7 @@ def read_picture(file, image_size):
         image = to_8_bits(image, format_name)
     transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     image = image.convert("RGBA" if transparent else "RGB")
-    image = ImageOps.fit(image, (image_size, image_size))  # what is transparent has no weight
+    image = ImageOps.fit(image, (image_size, image_size))  # hidden colours do not bleed in
     if transparent:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return pil_to_tensor(image.convert("RGB"))
@@ -167,7 +176,7 @@ def to_8_bits(image, format_name):
         return scaled(pil_to_tensor(image.convert("I")).float(), 0, 65535)
     values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
     low, high = values.min().item(), values.max().item()
-    if image.mode == "F" and low >= -0.1 and high <= 1.1:  # filters overshoot
+    if image.mode == "F" and low >= -0.1 and high <= 1.1:  # resampling may overshoot
         return scaled(values, 0, 1)
     for limit in (255, 65535):
         if low >= 0 and high <= limit:
@@ -194,10 +203,10 @@ def load_from_hub(name, image_size):
     if is_packed(files) or (files and not pictures_among(files)):
         return load_with_datasets(name, image_size)
 
-    tops = {file.parts[0] for file in files if len(file.parts) > 1}
+    folders = {PurePosixPath(file.parts[0]) for file in files if len(file.parts) > 1}
     ignored = []
-    if any(split_name(top) in TRAINING_SPLITS for top in tops):
-        ignored = [f"{top}/*" for top in tops if split_name(top) in HELD_OUT_SPLITS]
+    if find_split(folders):
+        ignored = [f"{top.name}/*" for top in folders if split_of(top.name) == ("test", ())]
     folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
     return load_snapshot(folder, name, image_size)
 
@@ -205,10 +214,14 @@ def load_from_hub(name, image_size):
 def load_downloaded(name, image_size, error):
     """What an earlier run has downloaded, now that the Hub cannot be asked. Raises the error, which
     says why, if there is nothing."""
-    # The Hub library insists on files that only an earlier listing could tell it to ignore.
-    ends = [f"{split}{end}" for split in HELD_OUT_SPLITS for end in ("", "set", "_set")]
-    held_out = [f"{form}/*" for end in ends for form in (end, end.capitalize(), end.upper())]
-    options = {"repo_type": "dataset", "local_files_only": True, "ignore_patterns": held_out}
+    # Offline, the Hub library fails if a file is missing that it should not ignore: ignore the
+    # folders that load_from_hub() leaves out, however they are spelled.
+    ignored = []
+    for split in HELD_OUT_SPLITS:
+        for form in (split, f"{split}set", f"{split}_set", f"{split}-set"):
+            forms = {form, form.capitalize(), form.title(), form.upper()}
+            ignored += [f"{spelled}/*" for spelled in forms]
+    options = {"repo_type": "dataset", "local_files_only": True, "ignore_patterns": ignored}
     try:
         folder = download(name, "", **options)
     except UserError:
@@ -234,7 +247,8 @@ def is_packed(files):
     parquet = [file for file in files if suffix(file) == ".parquet"]
     if parquet:
         return len(pictures) < 10 * len(parquet)
-    return not pictures and any(suffix(file) in PACKED for file in files)
+    suffixes = {suffix(file) for file in files}
+    return not pictures and not suffixes & PLUG_INS.keys() and not suffixes.isdisjoint(PACKED)
 
 
 def load_with_datasets(name, image_size):
@@ -326,7 +340,7 @@ def find_label_column(datasets, dataset):
             strings.append(column)
     for column in named + strings:
         values = dataset[column][:]
-        if are_classes(values):
+        if look_like_classes(values):
             return column, [None if value is None else str(value) for value in values]
     return None, None
 

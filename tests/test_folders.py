@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, SMALL, call, refused
 from PIL import Image
 
-from data.images import held_out, load_images
+from data.images import held_out, load_dataset, load_images
 from model import UserError
 
 
@@ -47,6 +47,52 @@ def test_of_splits_train_is_taken(tmp_path, capsys, others, ending):
     out, err = capsys.readouterr()
     assert f"pictures from {tmp_path / train}" in out
     assert all(f"3 pictures in {other}, beside the split {train}" in err for other in others)
+
+
+@pytest.mark.parametrize(
+    "train, others",
+    [
+        ("seg_train", ["seg_test", "seg_pred"]),
+        ("asl_alphabet_train", ["asl_alphabet_test"]),
+        ("train_images", ["test_images"]),
+        ("train", ["test", "train_masks", "test_masks"]),
+    ],
+)
+def test_splits_may_have_longer_names(tmp_path, capsys, train, others):
+    tree(tmp_path / train / train, ["fish", "star"])
+    for other in others:
+        tree(tmp_path / other / other, ["fish", "star"])
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    err = capsys.readouterr().err
+    assert all(f"4 pictures in {other}, beside the split {train}" in err for other in others)
+
+
+def test_classes_that_are_called_like_splits_are_classes(tmp_path):
+    tree(tmp_path, ["steam_train", "dev_board", "test_tube"])
+    assert classes(tmp_path) == {"dev_board": 2, "steam_train": 2, "test_tube": 2}
+
+
+def test_splits_inside_of_the_classes(tmp_path, capsys):
+    tree(tmp_path, ["fish/train", "fish/test", "star/train", "star/test"])
+    save(tmp_path / "star" / "loose.png")
+    assert classes(tmp_path) == {"fish": 2, "star": 3}
+    assert "4 pictures in test, beside the split train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("around", [".", "food"])
+def test_folders_of_documents_are_no_classes(tmp_path, capsys, around):
+    tree(tmp_path / around / "images", ["pie", "soup"])
+    (tmp_path / around / "meta").mkdir()
+    (tmp_path / around / "meta" / "classes.txt").write_text("pie\nsoup\n")
+    assert classes(tmp_path) == {"pie": 2, "soup": 2}
+    assert "1 folder of documents (meta)" in capsys.readouterr().err
+
+
+def test_raw_photographs_beside_their_pictures_are_passed_over(tmp_path, capsys):
+    save(tmp_path / "fish" / "0.jpg", tmp_path / "fish" / "raw.tif")
+    (tmp_path / "fish" / "raw.tif").rename(tmp_path / "fish" / "0.NEF")  # as it holds a thumbnail
+    assert classes(tmp_path) == {"fish": 1}
+    assert "1 .nef" in capsys.readouterr().err
 
 
 def test_train_alone_is_a_wrapper_and_without_splits_a_class(tmp_path):
@@ -120,6 +166,14 @@ def test_training_in_the_folder_of_the_pictures(tmp_path):
     assert "1 run folder (out)" in err
 
 
+def test_pictures_that_need_a_plug_in_are_named_beside_an_archive(tmp_path, capsys):
+    (tmp_path / "0.HEIC").write_bytes(b"\x00\x00\x00 ftypnothing")
+    (tmp_path / "all.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="no pictures in"):
+        load_dataset(str(tmp_path), 16)
+    assert "1 .heic (readable after pip install pillow-heif)" in capsys.readouterr().err
+
+
 def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     tree(tmp_path / "elsewhere", ["fish", "star/old"])
     (tmp_path / "d").mkdir()
@@ -137,6 +191,9 @@ def test_classes_may_keep_their_pictures_in_a_folder_called_samples(tmp_path):
 def test_many_pictures_beside_one_folder_are_two_readings(tmp_path):
     save(*(tmp_path / f"{n}.png" for n in range(3)), tmp_path / "edited" / "0.png")
     with pytest.raises(UserError, match="3 pictures beside the folder edited"):
+        load_images(tmp_path, 16)
+    save(tmp_path / "screens" / "0.png", tmp_path / "wall" / "0.png")  # as many in folders
+    with pytest.raises(UserError, match="3 pictures beside the folder edited, screens, wall"):
         load_images(tmp_path, 16)
 
 
@@ -173,6 +230,7 @@ def test_the_labels_of_kaggle_butterflies(tmp_path, capsys):
         "file_name,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n",  # Hugging Face's metadata.csv
         "\ufefffile_name;class\r\n0.jpg;a\r\n1.jpg;b\r\n2.jpg;a\r\n",  # a spreadsheet's
         "label,width,File Name\na,40,0.jpg\nb,40,1.jpg\na,40,2.jpg\n",
+        "image_path\tlabel\n0.jpg\ta\n1.jpg\tb\n2.jpg\ta\n",
         "id,breed\n0,a\n1,b\n2,a\n",  # names without their ending; a column that is no known word
         '"path","category"\n"./0.jpg","a"\n"1.jpg","b"\n"2.jpg","a"\n',
     ],
@@ -181,6 +239,15 @@ def test_tables_in_other_words(tmp_path, text):
     save(*(tmp_path / f"{n}.jpg" for n in range(3)))
     (tmp_path / "metadata.csv").write_text(text, "utf-8", newline="")
     assert classes(tmp_path) == {"a": 2, "b": 1}
+
+
+def test_labels_in_lines_of_json(tmp_path):
+    save(*(tmp_path / f"{n}.jpg" for n in range(3)))
+    rows = "".join(f'{{"file_name": "{n}.jpg", "label": {n % 2}}}\n' for n in range(3))
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    assert classes(tmp_path) == {"0": 2, "1": 1}
+    (tmp_path / "metadata.jsonl").write_text("not JSON\n")
+    assert classes(tmp_path) == {tmp_path.name: 3}
 
 
 def test_a_table_inside_of_a_split(tmp_path):
@@ -213,6 +280,43 @@ def test_tables_about_something_else_are_no_labels(tmp_path):
     assert classes(tmp_path / "few") == {"few": 3}
 
 
+def test_of_a_table_of_all_pictures_the_rows_of_those_here_count(tmp_path, capsys):
+    save(*(tmp_path / "train" / f"{n}.jpg" for n in range(3)))
+    rows = "".join(f"{split}/{n}.jpg,{split} me\n" for n in range(3) for split in ("train", "test"))
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    assert classes(tmp_path) == {"train me": 3}  # not "test me", by the last parts of the names
+    assert "3 rows of labels.csv that name no picture" in capsys.readouterr().err
+    save(tmp_path / "test" / "0.jpg")
+    assert classes(tmp_path) == {"train me": 3}
+    assert "1 pictures that labels.csv labels, but not for training" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "labels.csv").write_text("file,label\na/0.jpg,x\nb/0.jpg,y\n1.jpg,x\n2.jpg,x\n")
+    with pytest.raises(UserError, match="gives train.0.jpg two labels"):
+        load_images(tmp_path, 16)
+
+
+def test_a_table_of_unknown_columns_is_named(tmp_path, capsys):
+    save(*(tmp_path / "train" / f"{n}.jpg" for n in range(3)), tmp_path / "test" / "0.jpg")
+    (tmp_path / "train.csv").write_text("picture,animal,age\n0.jpg,fish,3\n")
+    assert classes(tmp_path) == {"train": 3}
+    line = capsys.readouterr().err
+    assert "table without columns such as filename and label (train.csv)" in line
+
+
+def test_class_folders_outweigh_tables_about_other_things(tmp_path):
+    tree(tmp_path, ["Golden_Retriever", "wren"], files=["1.png", "2.png"])
+    save(tmp_path / "wren" / "3.png")
+    for name, text in {
+        "classes.csv": "id,species\n1,robin\n2,wren\n3,finch\n",
+        "boxes.csv": "file,label,left\nwren/1.png,eye,3\nwren/1.png,tail,3\n"
+        "Golden_Retriever/2.png,Golden Retriever,3\n",
+        "names.csv": "file,label\nGolden_Retriever/1.png,golden retriever\nwren/1.png,Wren\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert classes(tmp_path) == {"Golden_Retriever": 2, "wren": 3}, name
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("before", ["/home/me/fish/", "C:\\fish\\", "my_pictures/train/"])
 def test_a_table_may_name_pictures_by_where_they_once_were(tmp_path, before):
     save(*(tmp_path / f"{n}.png" for n in range(3)))
@@ -242,7 +346,7 @@ def test_two_readings_are_refused_with_both_named(tmp_path):
     line = refused("train.py", *SMALL, "--dataset", tmp_path, "--out-dir", "o", cwd=tmp_path)
     assert "folders of pictures" in line and "labels.csv" in line
     (tmp_path / "more.csv").write_text(f"file,label\n{rows}")
-    with pytest.raises(UserError, match="several CSV files with labels .labels.csv, more.csv."):
+    with pytest.raises(UserError, match="several tables of labels .labels.csv, more.csv."):
         load_images(tmp_path, 16)
 
 
@@ -287,7 +391,7 @@ def test_two_tables_for_training_are_refused(tmp_path):
     save(tmp_path / "0.jpg", tmp_path / "1.jpg")
     for name in ("train.csv", "train_labels.csv"):
         (tmp_path / name).write_text("file,label\n0.jpg,a\n1.jpg,b\n")
-    with pytest.raises(UserError, match="several CSV files"):
+    with pytest.raises(UserError, match="several tables"):
         load_images(tmp_path, 16)
 
 
