@@ -29,10 +29,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError  # of whichever library it makes its requests with
 from huggingface_hub.utils.logging import set_verbosity_error
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_model as load_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DiT, UserError
+from model import DiT, UserError, check_sizes
 
 # What zipfile and torch.load raise when a file is not what it should be.
 UNREADABLE = (
@@ -66,7 +66,8 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 def run_command(main, if_out_of_memory="close other programs"):
     """Call main(). A UserError, or running out of memory, becomes one line on stderr and exit
     status 2; any other exception is a bug, and keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     sys.stdout, sys.stderr = QuietStream(sys.stdout), QuietStream(sys.stderr)
     set_verbosity_error()  # huggingface_hub would print warnings of its own
     try:
@@ -170,7 +171,7 @@ def int_in_range(lowest, highest=2**63 - 1):
 def parse_png(text):
     """Parse a flag: the path of a .png file, which need not exist."""
     path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if path.suffix.lower() != ".png" or os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
     return path
 
@@ -239,6 +240,52 @@ def check_choice(settings, name, choices):
     if settings.get(name) not in choices:
         listed = ", ".join(choices)
         raise UserError(f"{name} is {settings.get(name)!r}: choose one of {listed}")
+
+
+def check_settings(values):
+    """Raise UserError, with the constant's name, for a value that no training could run with.
+    values: the globals of train.py."""
+    sizes = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
+    intervals = ("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY", "LOG_EVERY")
+    for name in (*sizes, *intervals, "STEPS", "BATCH_SIZE", "ACCUMULATE"):
+        lowest = 0 if name == "CONV_DIM" else 1
+        check_number(values, name, lowest, whole=True)
+    check_sizes(*(values[name] for name in sizes))
+    check_number(values, "WARMUP_STEPS", lowest=0, whole=True)
+    check_number(values, "SEED", lowest=0, highest=2**63 - 1, whole=True)
+    for name in ("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"):
+        check_number(values, name, lowest=0, highest=1)
+    for name in ("LEARNING_RATE", "GRAD_CLIP", "T_STD"):
+        check_number(values, name, lowest=0)
+    check_number(values, "T_MEAN")
+    check_number(values, "CFG_SCALE")
+    check_choice(values, "PRECISION", ("auto", "bf16", "fp32"))
+    check_choice(values, "COMPILE", ("auto", "on", "off"))
+
+
+def check_names(preset, settings):
+    """Raise UserError if a preset changes what is no setting, as after renaming a constant."""
+    unknown = preset.keys() - settings.keys()
+    if unknown:
+        listed = ", ".join(sorted(unknown))
+        raise UserError(f"the preset sets {listed}, which train.py does not have as a constant")
+
+
+def expand_home(values, *names):
+    """Replace ~ at the start of paths by the user's folder; a shell does not where = precedes."""
+    for name in names:
+        values[name] = os.path.expanduser(values[name])
+
+
+def print_kept_settings(saved, values, flags):
+    """Say which settings a resumed run keeps although train.py has others by now."""
+    kept = [
+        f"{name} {value}"
+        for name, value in saved.items()
+        if name not in (*flags, "OUT_DIR") and value != values[name]
+    ]
+    if kept:
+        print_once(f"kept from the run, unlike train.py (flags change them): {', '.join(kept)}")
 
 
 # Devices, processes, compilation and signals
@@ -314,15 +361,21 @@ def start_process(device, batch_size):
     return device, rank, world_size
 
 
-def flops_per_image(new_model, loss):
-    """Floating-point operations of one picture's forward and backward pass, counted. new_model and
-    loss are those of train.py."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes only, no data
-        model = new_model(["any"])
-        x = torch.zeros(1, 3, model.image_size, model.image_size)
-        y = torch.zeros(1, dtype=torch.long)
-        loss(model, x, y, torch.ones(1), x).backward()
-    return counter.get_total_flops()
+def flops_per_image(new_model, class_names, loss):
+    """Floating-point operations of one picture's forward and backward pass, counted as far as that
+    goes without data. new_model and loss are those of train.py."""
+    batch_size = 2  # a batch norm needs two
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):  # shapes only
+        try:
+            model = new_model(class_names)
+            x = torch.zeros(batch_size, 3, model.image_size, model.image_size)
+            y = torch.zeros(batch_size, dtype=torch.long)
+            loss(model, x, y, torch.ones(batch_size), x).backward()
+        except RuntimeError as error:
+            # A model or a loss that looks at values, as .item() does, can train, but not here.
+            if "meta" not in str(error).lower():
+                raise
+    return counter.get_total_flops() // batch_size
 
 
 def compiling_pays(device, run_flops):
@@ -391,32 +444,40 @@ def stop_signals():
 
 def lock_folder(folder):
     """Keep other processes from training into the folder, until unlock_folder() or the end of this
-    one: the lock is the operating system's, so a crash leaves nothing of it. Raises UserError if
-    another process has it. Does nothing on Windows, where folders have no locks."""
-    global locked_folder
+    one: the lock is the operating system's, so a crash leaves none. Raises UserError if another
+    process has it. Does nothing on Windows."""
+    global lock_file
     if os.name == "nt":
         return
     import fcntl
 
-    locked_folder = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(locked_folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not the folder itself, which network file systems would lock for this machine alone.
+        file = open(folder / ".lock", "w")  # noqa: SIM115  # stays open
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         message = f"another training is writing to {folder}: wait for it, or name another --out-dir"
         raise UserError(message) from error
     except OSError:
         pass  # a network file system without locks
+    lock_file = file
 
 
 def unlock_folder():
     """Give the lock of lock_folder() back, if there is one."""
-    global locked_folder
-    if locked_folder is not None:
-        os.close(locked_folder)
-        locked_folder = None
+    global lock_file
+    if lock_file is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(lock_file.name)
+        lock_file.close()
+        lock_file = None
 
 
-locked_folder = None  # the file descriptor of the one that is locked, which keeps the lock
+lock_file = None  # open as long as its folder is locked
 
 
 def print_summary(model, val_mask, flops, device, precision):
@@ -437,11 +498,14 @@ def print_summary(model, val_mask, flops, device, precision):
 
 
 def make_folder(folder):
-    """Make a folder and its parents, if missing. Raises UserError on failure."""
+    """Make a folder and its parents, if missing. Raises UserError on failure, or if nothing can be
+    written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to the folder {folder}: it is read-only")
 
 
 def delete_files(paths):
@@ -538,6 +602,24 @@ def find_class(name, class_names):
     return matches[0]
 
 
+def name_grid(flags, class_ids, default_steps):
+    """Where sample.py puts its grid: samples/class-3-seed-0.png, or a longer name if other flags
+    decide what is in it, so that they can be compared."""
+    ids = "-".join(map(str, class_ids[:8])) or "all"
+    if len(class_ids) > 8:
+        ids += f"-and-{len(class_ids) - 8}-more"
+    name = f"class-{ids}-seed-{flags.seed}"
+    if flags.checkpoint != "out":
+        name += "-" + re.sub(r"[^\w.-]", "-", Path(flags.checkpoint).name)
+    if flags.num_images is not None:
+        name += f"-images-{flags.num_images}"
+    if flags.steps != default_steps:
+        name += f"-steps-{flags.steps}"
+    if flags.cfg_scale is not None:
+        name += f"-cfg-scale-{flags.cfg_scale:g}"
+    return Path("samples", f"{name}.png")
+
+
 def prepare_files(directory, class_names, class_ids):
     """Where each picture goes on its own: DIR/<class name>/<n>.png. Makes the folders. Raises
     UserError if one of the files exists."""
@@ -567,34 +649,52 @@ class Log:
                 path.unlink(missing_ok=True)
             elif path.exists():
                 lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-                kept = lines[:1]  # the header; nothing if the disk was full
-                for row in lines[1:]:
-                    step = row.split(",")[0]
-                    if row.endswith("\n") and step.isdecimal() and int(step) <= last_step:
-                        kept.append(row)
-                write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
+                columns = lines[0].strip().split(",") if lines else []
+                if "step" in columns:
+                    cell = columns.index("step")
+                    kept = [row for row in lines if not is_beyond(row, cell, last_step)]
+                    write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
 
     def append(self, row):
-        """Append a row, whose columns are those of the first. If another program holds the file,
-        as spreadsheets do on Windows, the row is kept, and written together with the next. Raises
-        UserError on any other failure, or if the file has other columns."""
+        """Append a row. If another program holds the file, as spreadsheets do on Windows, the row
+        is kept, and written together with the next. If the file has other columns, it is renamed,
+        and a new one begun. Raises UserError on any other failure."""
         header = ",".join(row) + "\n"
-        self.waiting.append(",".join(row.values()) + "\n")
+        self.waiting.append(",".join(map(str, row.values())) + "\n")
         try:
+            if self.path.exists() and self.path.stat().st_size > 0:
+                with open(self.path, encoding="utf-8", errors="replace") as file:
+                    same_columns = file.readline() == header
+                if not same_columns:
+                    old = unused_name(self.path)
+                    replace(self.path, old)
+                    print(f"the log has other columns now: its rows so far are in {old}")
             if not self.path.exists() or self.path.stat().st_size == 0:
                 self.path.write_text(header, "utf-8")
-            with open(self.path, encoding="utf-8") as file:
-                if file.readline() != header:
-                    message = f"{self.path} has other columns than train.py writes: move it away"
-                    raise UserError(message)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self.waiting))
             self.waiting = []
         except OSError as error:
             then = "Its rows will be written with the next."
             raise_unless_held(error, f"cannot write {self.path}", self.path, False, then)
+
+
+def is_beyond(row, cell, last_step):
+    """Whether a row of a log was cut short, or is of a step after last_step; its number is in that
+    cell. The header is neither."""
+    step = row.split(",")[cell : cell + 1]
+    later = step and step[0].strip().isdecimal() and int(step[0]) > last_step
+    return later or not row.endswith("\n")
+
+
+def unused_name(path):
+    """A path beside this one that is not in use: log-1.csv for log.csv, or a higher number."""
+    number = 1
+    while path.with_stem(f"{path.stem}-{number}").exists():
+        number += 1
+    return path.with_stem(f"{path.stem}-{number}")
 
 
 def download(repo_id, what, **options):
@@ -620,12 +720,12 @@ def list_files(repo_id, what):
 def load_model(checkpoint):
     """The model in a folder, such as "out", or at a Hub id, such as "you/butterflies", ready to
     sample from. Raises UserError if there is none, or if its files are damaged."""
-    folder = Path(checkpoint)
-    if not folder.is_dir() and "/" in str(checkpoint):
+    folder = Path(checkpoint).expanduser()
+    if not os.path.isdir(folder) and "/" in str(checkpoint):
         files = ["config.json", "model.safetensors"]
         folder = download(str(checkpoint), f"no model at {checkpoint}", allow_patterns=files)
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    if not config_file.is_file():
+    if not os.path.isfile(config_file):
         raise UserError(f"no model in {checkpoint}: run `python train.py` to make one in out")
 
     try:
@@ -641,7 +741,7 @@ def load_model(checkpoint):
         raise UserError(f"{config_file}: {error}") from error
 
     try:
-        model.load_state_dict(load_file(weights_file))
+        load_weights(model, weights_file)  # which knows of weights that layers share
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {weights_file}: {error}") from error
     except RuntimeError as error:  # of load_state_dict: other names or shapes
@@ -704,6 +804,10 @@ def restore_state(state, model, ema, optimizer, pictures):
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
+        # Moments come from the state; betas, weight decay and so on are those of train.py now.
+        groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups)
+        for old, new in groups:
+            old |= {name: value for name, value in new.items() if name != "params"}
         optimizer.load_state_dict(state["optimizer"])
     except UNREADABLE as error:
         message = f"--resume: train_state.pt does not fit model.py: {str(error)[:200]}"

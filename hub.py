@@ -1,5 +1,6 @@
 """What the Hub shows for a trained network: its card, and a grid of samples beside it."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -28,9 +29,15 @@ WIDGET = """widget:
 """
 
 
-def make_card(model, run):
+def local_folder(model_id):
+    """The absolute path of a model's folder; None if it is a Hub id."""
+    return Path(model_id).resolve() if os.path.isdir(model_id) else None
+
+
+def make_card(model, run, data):
     """The README.md of a model. run: the folder of the run that it comes from, or None; the card
-    shows the run's last figures and newest grid."""
+    shows the run's last figures and newest grid. data: what its metadata should have instead, such
+    as {"license": "cc-by-nc-4.0"}, the model_card_kwargs of push_to_hub."""
     has_grid = last_grid(run) is not None
     text = CARD.format(
         widget=WIDGET if has_grid else "",
@@ -41,14 +48,21 @@ def make_card(model, run):
         figures=last_figures(run),
         picture="\n![samples](grid.png)\n" if has_grid else "",
     )
-    return ModelCard(text)
+    card = ModelCard(text)
+    for name, value in data.items():
+        setattr(card.data, name, value)
+    return card
 
 
 def last_grid(run):
     """The newest grid of a run, or None."""
-    grids = Path(run, "samples").glob("step-*.png") if run else []
+    if run is None:
+        return None
+    grids = Path(run, "samples").glob("step-*.png")
+    saved = Path(run, "grid.png")  # beside a model that was saved elsewhere
     # From a million steps on, names are longer.
-    return max(grids, key=lambda path: (len(path.name), path.name), default=None)
+    newest = max(grids, key=lambda path: (len(path.name), path.name), default=saved)
+    return newest if newest.is_file() else None
 
 
 def whole_rows(log):
@@ -75,9 +89,10 @@ def last_figures(run):
 def complete(folder, run):
     """Add to the saved model in `folder` the newest grid of its run, if there is one, where the
     card shows it; and permissions, as safetensors lets only the owner read the weights."""
-    grid = last_grid(run)
-    if grid is not None:
-        shutil.copyfile(grid, Path(folder, "grid.png"))
+    grid, copy = last_grid(run), Path(folder, "grid.png").resolve()
+    if grid is not None and grid != copy:
+        shutil.copyfile(grid, copy)
     umask = os.umask(0)  # it can only be read by setting it
     os.umask(umask)
-    Path(folder, "model.safetensors").chmod(0o666 & ~umask)
+    with contextlib.suppress(OSError):  # network and cloud drives may have no permissions
+        Path(folder, "model.safetensors").chmod(0o666 & ~umask)

@@ -228,23 +228,30 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         return (z.float() - x.float()) / t.float()[:, None, None, None]
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, strict=True, **kwargs):
-        """Like the mixin's, except that missing weights are an error and nothing is printed."""
+    def _from_pretrained(cls, *, model_id, strict=True, config=None, **kwargs):
+        """Like the mixin's, except that nothing is printed, and that missing weights and unknown
+        entries of config.json are errors."""
         if "class_names" not in kwargs:
-            raise UserError(f"{model_id} has no config.json of a nanoDiT model")
+            reasons = "is the name right, and are you logged in (`hf auth login`) if it is private?"
+            raise UserError(f"no config.json of a nanoDiT model at {model_id}: {reasons}")
+        unknown = set(config or {}) - set(kwargs)
+        if unknown:
+            raise UserError(f"{model_id} was made by another model.py, whose DiT takes {unknown}")
         with contextlib.redirect_stdout(None):
             model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
-        model.folder = model_id
+        model.folder = hub.local_folder(model_id)
         return model.eval()  # older versions of the mixin leave it in training mode
 
     def _save_pretrained(self, save_directory):
-        """Like the mixin's, plus what hub.complete adds."""
+        """Like the mixin's, plus what hub.complete adds; changes since loading are saved."""
+        for name in ("class_names", "dataset", "cfg_scale"):
+            self._hub_mixin_config[name] = getattr(self, name)
         super()._save_pretrained(save_directory)
         hub.complete(save_directory, self.folder)
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""
-        return hub.make_card(self, self.folder)
+        return hub.make_card(self, self.folder, kwargs)
 
 
 def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):

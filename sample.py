@@ -20,7 +20,7 @@ from tqdm import tqdm
 import common
 from model import UserError
 
-DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths are nearly straight
+DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths bend gently
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
 
 
@@ -89,7 +89,7 @@ def to_grid(pictures, columns=None):
     return to_pil_image(make_grid(pictures, nrow=columns))
 
 
-def parse_flags():
+def parse_flags(arguments):
     parser = common.new_parser(__doc__)
     count = common.int_in_range(1)
 
@@ -114,13 +114,15 @@ def parse_flags():
     group.add_argument("--device", default="auto", metavar="NAME", help=text)
 
     group = parser.add_argument_group("what to write")
-    text = "the grid (default: samples/class-<ids>-seed-<seed>.png)"
+    text = (
+        "the grid (default: samples/class-<ids>-seed-<seed>.png, plus other flags that are given)"
+    )
     group.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
     group.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     text = "also every picture, as DIR/<class name>/<n>.png"
     group.add_argument("--save-images", type=Path, metavar="DIR", help=text)
 
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def chosen_classes(flags, class_names):
@@ -135,8 +137,9 @@ def chosen_classes(flags, class_names):
     return list(dict.fromkeys(class_ids))  # a class given twice has one row of the grid
 
 
-def main():
-    flags = parse_flags()
+def main(arguments=None):
+    """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
+    flags = parse_flags(arguments)
     model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
     if flags.list_classes:
         for class_id, name in enumerate(model.class_names):
@@ -150,8 +153,7 @@ def main():
     columns = per_class if chosen or per_class > 1 else None
 
     # Where they go. What could be in the way is found out before the work begins.
-    ids = "-".join(map(str, chosen[:8])) or "all"
-    output = flags.output or Path("samples", f"class-{ids}-seed-{flags.seed}.png")
+    output = flags.output or common.name_grid(flags, chosen, DEFAULT_STEPS)
     common.make_folder(output.parent)
     files = []
     if flags.save_images:

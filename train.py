@@ -28,7 +28,7 @@ from tqdm import tqdm
 import common
 import sample
 from data.images import held_out, load_dataset
-from model import MIN_T, DiT, UserError, check_sizes
+from model import MIN_T, DiT, UserError
 
 imported = set(globals())  # the names above, which are not settings even if upper-case
 
@@ -108,6 +108,7 @@ SMALL = {  # photographs, and a network that two CPU cores train in 134 minutes
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
+# What DiT() is called with: a setting of yours that it should have goes here, too.
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
 
@@ -196,6 +197,8 @@ def update_ema(ema, model, step):
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
+    for buffer, newest in zip(ema.buffers(), model.buffers()):  # of layers you may add
+        buffer.copy_(newest)
 
 
 def new_model(class_names):
@@ -218,33 +221,13 @@ def parse_flags(arguments=None, description=__doc__):
     one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
     common.add_setting_flags(parser, SETTINGS, source_file=__file__)
-    if arguments is None and "ipykernel" in sys.modules:
+    if arguments is None and "ipykernel" in sys.modules and __name__ != "__main__":
         arguments = []  # a notebook's command line is that of its kernel
     options = vars(parser.parse_args(arguments))
     if "resume" in options and "overwrite" in options:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
     flags = {name: options.pop(name) for name in SETTINGS if name in options}
     return options, flags
-
-
-def check_settings():
-    """Raise UserError, with the constant's name, for a value that no training could run with."""
-    values = globals()
-    intervals = ("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY", "LOG_EVERY")
-    for name in (*MODEL_SETTINGS, *intervals, "STEPS", "BATCH_SIZE", "ACCUMULATE"):
-        lowest = 0 if name == "CONV_DIM" else 1
-        common.check_number(values, name, lowest, whole=True)
-    check_sizes(*(values[name] for name in MODEL_SETTINGS))
-    common.check_number(values, "WARMUP_STEPS", lowest=0, whole=True)
-    common.check_number(values, "SEED", lowest=0, highest=2**63 - 1, whole=True)
-    for name in ("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"):
-        common.check_number(values, name, lowest=0, highest=1)
-    for name in ("LEARNING_RATE", "GRAD_CLIP", "T_STD"):
-        common.check_number(values, name, lowest=0)
-    common.check_number(values, "T_MEAN")
-    common.check_number(values, "CFG_SCALE")
-    common.check_choice(values, "PRECISION", ("auto", "bf16", "fp32"))
-    common.check_choice(values, "COMPILE", ("auto", "on", "off"))
 
 
 def resume_settings(state, preset, flags):
@@ -255,6 +238,7 @@ def resume_settings(state, preset, flags):
     for name in (*MODEL_SETTINGS, "SEED"):
         if wanted[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {OUT_DIR}, not {wanted[name]}")
+    common.print_kept_settings(saved, globals(), flags)
     globals().update({**saved, **flags, "OUT_DIR": OUT_DIR})
 
 
@@ -295,12 +279,14 @@ def train(options, flags):
     """The whole run, from top to bottom. The arguments are what parse_flags returns."""
     # Settings: a preset changes the constants, then the flags do; a resumed run has its own.
     preset = PRESETS.get(options.get("preset"), {})
+    common.check_names(preset, SETTINGS)
     globals().update({**preset, **flags})
+    common.expand_home(globals(), "DATASET", "OUT_DIR")
     out, state = Path(OUT_DIR), None
     if "resume" in options:
         state = common.load_state(out / "train_state.pt")
         resume_settings(state, preset, flags)
-    check_settings()
+    common.check_settings(globals())
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
         return
@@ -338,7 +324,7 @@ def train(options, flags):
         progress |= {name: state[name] for name in ("step", "seconds", "losses")}
     steps_done = progress["step"]
     losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
-    flops = common.flops_per_image(new_model, rectified_flow_loss)
+    flops = common.flops_per_image(new_model, class_names, rectified_flow_loss)
     run_flops = flops * BATCH_SIZE * STEPS
     if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
         batch = random_batch(train_images, train_labels, model.num_classes, step=1)
@@ -366,7 +352,9 @@ def train(options, flags):
     bar = tqdm(unit="img", unit_scale=True, total=total, initial=initial, disable=not master)
     with bar, common.stop_signals() as signals:
         for step in range(steps_done + 1, STEPS + 1):
-            optimizer.param_groups[0]["lr"] = learning_rate_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step)
+            torch.manual_seed(hash((SEED, step, rank)))  # for layers you may add, such as dropout
 
             # The gradients of the parts, in all processes, add up to that of the whole batch.
             batch = random_batch(train_images, train_labels, model.num_classes, step)
@@ -403,7 +391,8 @@ def train(options, flags):
                 train_loss = torch.stack(losses).mean().item()
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
-                    hint = f"lower LEARNING_RATE: --resume --learning-rate {LEARNING_RATE / 2:g}"
+                    flags = f"--resume --out-dir {OUT_DIR} --learning-rate {LEARNING_RATE / 2:g}"
+                    hint = f"lower LEARNING_RATE: {flags}"
                     raise UserError(f"the loss is not finite at step {step}; {hint}")
 
             # Evaluate, and add a row to the log.
@@ -444,7 +433,8 @@ def train(options, flags):
     if world_size > 1:
         dist.destroy_process_group()
     if stop:
-        print(f"stopped at step {step} and saved in {out}: continue with --resume", file=sys.stderr)
+        then = f"continue with --resume --out-dir {OUT_DIR}"
+        print(f"stopped at step {step} and saved in {out}: {then}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:
         print(f"trained in {seconds / 60:.1f} minutes: see {out}")

@@ -412,7 +412,7 @@ def train_row(row, flags, real, stage):
         change()
     train.load_dataset = functools.cache(train.load_dataset)  # read here and again by train.main
     vars(train).update({**settings, "DATASET": flags.dataset})
-    flops = common.flops_per_image(train.new_model, train.rectified_flow_loss)
+    flops = common.flops_per_image(train.new_model, ["any"], train.rectified_flow_loss)
     batch = train.BATCH_SIZE
     steps = max(1, round(float(row["tflop"]) * 1e12 / (flops * batch)))
     # Without decay of the rate a longer run begins as a shorter one does: it can go on from it.

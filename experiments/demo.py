@@ -4,8 +4,8 @@
     python experiments/demo.py                                  # the network in assets/butterflies
     python experiments/demo.py --checkpoint you/butterflies     # a folder or a Hub id
 
-It also runs, unchanged, as a Hugging Face Space: push the repository there, with this at the top of
-its README.md:
+It also runs, unchanged, as a Hugging Face Space: put this at the top of README.md, then
+`hf upload you/nanodit . --repo-type space`.
 
     ---
     title: nanoDiT
@@ -29,7 +29,8 @@ import common  # noqa: E402
 import sample  # noqa: E402
 from model import UserError  # noqa: E402
 
-CHECKPOINT = Path(__file__).parents[1] / "assets" / "butterflies"
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = "assets/butterflies"  # of this repository; a Space may name a Hub id here
 MAX_PICTURES = 16  # at once; no more than sample.MAX_BATCH, so that they are one batch
 SIDE = 192  # a picture has at least so many pixels on the page, as 64 are too small to look at
 MAX_SEED = 2**32 - 1
@@ -56,7 +57,7 @@ def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
     def record(z):
         if abandoned.is_set():
             raise InterruptedError  # ends the thread
-        states.put(z)
+        states.put(sample.to_uint8(z))  # here, as MPS does not bear a second thread
 
     def run():
         class_ids = torch.full((num_images,), class_id)
@@ -67,14 +68,16 @@ def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
         except Exception as error:
             states.put(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
-        for z in iter(states.get, None):
-            if isinstance(z, Exception):
-                raise z
-            yield sample.to_grid(sample.to_uint8(z), columns=math.ceil(math.sqrt(num_images)))
+        for pictures in iter(states.get, None):
+            if isinstance(pictures, Exception):
+                raise pictures
+            yield sample.to_grid(pictures, columns=math.ceil(math.sqrt(num_images)))
     finally:
         abandoned.set()
+        thread.join()
 
 
 def enlarged(grid, image_size):
@@ -131,7 +134,7 @@ def build_page(model, checkpoint):
 
 def main():
     parser = common.new_parser(__doc__)
-    text = "a folder or a Hub id (default: assets/butterflies)"
+    text = "a folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="MODEL", help=text)
     number = common.int_in_range(1, 65535)
     text = "of the page (default: %(default)s)"
@@ -139,11 +142,10 @@ def main():
     text = "auto, cuda, mps or cpu (default: %(default)s)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     flags = parser.parse_args()
-    model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
-    shown = flags.checkpoint
-    if shown == CHECKPOINT:
-        shown = "assets/butterflies"
-    page = build_page(model, shown)
+    own = ROOT / flags.checkpoint  # found from any folder
+    checkpoint = own if flags.checkpoint == CHECKPOINT and own.is_dir() else flags.checkpoint
+    model = common.load_model(checkpoint).to(common.pick_device(flags.device))
+    page = build_page(model, flags.checkpoint)
     try:
         page.launch(server_port=flags.port, show_error=True)
     except (OSError, ValueError) as error:

@@ -2,11 +2,10 @@
 
     python experiments/shrink.py out assets/butterflies --cfg-scale 4
 
-Writes weights, config and card, with the last grid of the run. sample.py loads it like
-any other.
+Writes weights, config and card, with the last grid of the run. sample.py loads it like any other.
+To share it: hf upload you/butterflies assets/butterflies. (push_to_hub would double its size.)
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
-from model import DiT, UserError  # noqa: E402
+from model import UserError  # noqa: E402
 
 
 def main():
@@ -30,12 +29,9 @@ def main():
     if not flags.run.is_dir():
         raise UserError(f"{flags.run} is not a folder")
 
-    weights = common.load_model(flags.run).state_dict()
-    config = json.loads((flags.run / "config.json").read_text("utf-8"))
+    model = common.load_model(flags.run)
     if flags.cfg_scale is not None:
-        config["cfg_scale"] = flags.cfg_scale
-    model = DiT(**config)  # what is saved is the arguments of this call
-    model.load_state_dict(weights)
+        model.cfg_scale = flags.cfg_scale
     model.folder = flags.run  # for the card, which shows the run's figures and grid
     beside = flags.output.with_name(f".writing-{flags.output.name}")
     try:

@@ -275,13 +275,13 @@ def main():
     if "resume" in options:
         raise UserError("--resume: there is no run to continue, as every measurement begins anew")
     vars(train).update(train.PRESETS.get(options.get("preset"), {}) | settings)
-    train.check_settings()
+    common.check_settings(vars(train))
     device, n, size = pick_device(train.DEVICE), train.BATCH_SIZE, train.IMAGE_SIZE
     torch.set_float32_matmul_precision("high")
     images = torch.randint(256, (max(n, 64), 3, size, size), dtype=torch.uint8).to(device)
     labels = torch.randint(len(CLASSES), (len(images),)).to(device)
 
-    flops = common.flops_per_image(train.new_model, train.rectified_flow_loss)
+    flops = common.flops_per_image(train.new_model, ["any"], train.rectified_flow_loss)
     model = train.new_model(CLASSES)
     parameters = sum(weight.numel() for weight in model.parameters())
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -51,7 +51,9 @@ def test_the_command_can_be_pasted(tmp_path):
     line = command("my network", 3, num_images=1, steps=2, cfg_scale=1.0, seed=4)
     assert shlex.split(line)[:2] == ["python", "sample.py"]
     call("sample.py", *shlex.split(line)[2:], cwd=tmp_path)
-    assert (tmp_path / "samples" / "class-3-seed-4.png").exists()
+    assert (
+        tmp_path / "samples" / "class-3-seed-4-my-network-images-1-steps-2-cfg-scale-1.png"
+    ).exists()
 
 
 def free_port():

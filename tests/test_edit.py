@@ -1,5 +1,6 @@
 """What the project is for: people edit the files. Copies of them are edited here, and run."""
 
+import csv
 import shutil
 import signal
 import threading
@@ -21,12 +22,17 @@ def edited(folder, name, *changes):
     shutil.copytree(ROOT / "data", copy / "data")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, copy)
-    text = (copy / name).read_text("utf-8")
+    edit(copy / name, *changes)
+    return copy
+
+
+def edit(file, *changes):
+    """Replace each (old, new) in a file."""
+    text = file.read_text("utf-8")
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    (copy / name).write_text(text, "utf-8")
-    return copy
+    file.write_text(text, "utf-8")
 
 
 def settings(folder):
@@ -347,6 +353,92 @@ def test_a_module_of_ones_own_is_named_when_the_checkpoint_lacks_it(trained, tmp
     shutil.copytree(trained / "out", tmp_path / "out")
     line = refused(script.with_name("train.py"), "--resume", "--steps", 40, cwd=tmp_path)
     assert "extra.weight" in line and "train_state.pt" in line
+
+
+# What a researcher may add to model.py: weights that blocks share, dropout, a batch norm.
+OWN_LAYERS = [
+    (
+        "ModuleList(Block(dim, heads) for _ in range(depth))",
+        "ModuleList([Block(dim, heads)] * depth)",
+    ),
+    ("nn.Linear(4 * dim, dim))", "nn.Linear(4 * dim, dim), nn.Dropout(0.3))"),
+    (
+        "        self.initialize()\n",
+        "        self.own = nn.BatchNorm1d(dim)\n        self.initialize()\n",
+    ),
+    ("        c = F.silu(c)  # (B, dim)\n", "        c = F.silu(self.own(c))\n"),
+]
+# And to train.py: a loss that looks at values, groups of weights, a column of the log.
+TWO_GROUPS = """AdamW(
+        [
+            {"params": [w for w in model.parameters() if w.ndim > 1], "weight_decay": 0.1},
+            {"params": [w for w in model.parameters() if w.ndim < 2]},
+        ], """
+OWN_TRAINING = [
+    ("    v = noise - x\n", "    v = noise - x\n    assert v.mean().item() < 9\n"),
+    ("AdamW(model.parameters(), ", TWO_GROUPS),
+]
+OWN_COLUMN = (
+    "                    row = {\n",
+    '                    row = {\n                        "now": time.time(),\n',
+)
+
+
+def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(pictures, tmp_path):
+    copy = edited(tmp_path, "model.py", *OWN_LAYERS)
+    edit(copy / "train.py", *OWN_TRAINING, OWN_COLUMN)
+    run = [*FEW, "--depth", 2, "--dataset", pictures, "--warmup-steps", 1, "--decay-share", 0]
+    run += ["--eval-every", 4]
+    call(copy / "train.py", *run, "--steps", 12, "--out-dir", "whole", cwd=tmp_path)
+    call(copy / "train.py", *run, "--steps", 5, cwd=tmp_path)
+    call(copy / "train.py", "--resume", "--steps", 12, cwd=tmp_path)
+    whole, parts = (
+        torch.load(tmp_path / folder / "train_state.pt", weights_only=True)
+        for folder in ("whole", "out")
+    )
+    for kind in ("model", "ema"):
+        for name, tensor in whole[kind].items():
+            assert torch.equal(tensor, parts[kind][name]), (kind, name)
+    assert torch.equal(whole["ema"]["own.running_mean"], whole["model"]["own.running_mean"])
+    assert whole["ema"]["own.running_mean"].abs().max() > 0
+    rates = [group["lr"] for group in parts["optimizer"]["param_groups"]]
+    assert rates == [train.LEARNING_RATE] * 2
+    with open(tmp_path / "out" / "log.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["4", "5", "8", "12"]
+    out, _ = call(copy / "sample.py", "--class-id", 0, "--steps", 2, cwd=tmp_path)
+    assert (tmp_path / out.strip()).exists()
+
+
+def test_resume_says_what_it_keeps_and_takes_the_optimizer_of_the_file(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    change = ("BATCH_SIZE = 256 ", "BATCH_SIZE = 16 ")
+    copy = edited(
+        tmp_path, "train.py", change, ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)"), OWN_COLUMN
+    )
+    before = (tmp_path / "out" / "log.csv").read_text()
+    out, _ = call(copy / "train.py", "--resume", "--steps", 31, cwd=tmp_path)
+    (line,) = [line for line in out.splitlines() if line.startswith("kept from the run")]
+    assert "BATCH_SIZE 8" in line and "SEED" not in line and "STEPS" not in line
+    state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["betas"] == (0.8, 0.95)
+    assert (tmp_path / "out" / "log-1.csv").read_text() == before
+    assert "log-1.csv" in out
+    with open(tmp_path / "out" / "log.csv") as file:
+        assert [(row["step"], float(row["now"]) > 0) for row in csv.DictReader(file)] == [
+            ("31", True)
+        ]
+
+
+def test_a_preset_with_a_name_that_is_no_constant_is_refused(tmp_path):
+    script = edited(tmp_path, "train.py", ('"CONV_DIM": 64', '"CONV_WIDTH": 64')) / "train.py"
+    assert "CONV_WIDTH" in refused(script, "--preset", "small", cwd=tmp_path)
+
+
+def test_the_home_folder_may_be_a_tilde(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    flags = ["--dataset=~/pictures", "--out-dir=~/run", "--steps", 1]
+    call("train.py", *FEW, *flags, cwd=tmp_path, HOME=str(tmp_path))
+    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "~").exists()
 
 
 def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,38 @@ def test_a_folder_without_config_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="config.json"):
         DiT.from_pretrained(tmp_path)
+
+
+def test_a_config_of_another_model_is_refused_by_name(tmp_path):
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope": True}))
+    with pytest.raises(UserError, match="rope"):
+        DiT.from_pretrained(tmp_path)
+    assert "rope" in refused("sample.py", "--checkpoint", tmp_path, cwd=tmp_path)
+
+
+def test_what_was_changed_after_loading_is_saved(tmp_path):
+    make().save_pretrained(tmp_path)
+    model = DiT.from_pretrained(tmp_path)
+    model.cfg_scale, model.class_names[0] = 4.5, "A"
+    model.save_pretrained(tmp_path)  # in place of itself
+    again = DiT.from_pretrained(tmp_path)
+    assert again.cfg_scale == 4.5 and again.class_names[0] == "A"
+
+
+def test_a_model_saved_from_elsewhere_keeps_its_grid(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    model = DiT.from_pretrained("out")
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("first", model_card_kwargs={"license": "cc-by-nc-4.0"})
+    assert "After 30 steps" in Path("first", "README.md").read_text()
+    assert ModelCard.load("first/README.md").data.license == "cc-by-nc-4.0"
+    DiT.from_pretrained("first").save_pretrained("second")
+    DiT.from_pretrained("second").save_pretrained("second")  # in place of itself
+    grid = (trained / "out" / "samples" / "step-000030.png").read_bytes()
+    assert Path("second", "grid.png").read_bytes() == grid
+    assert "grid.png" in Path("second", "README.md").read_text()
 
 
 def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):

@@ -62,6 +62,16 @@ def test_the_seed_guidance_and_steps_decide(trained, tmp_path):
     assert sample("guidance", "--cfg-scale", 1) != first
 
 
+def test_pictures_to_be_compared_have_names_of_their_own(trained, tmp_path):
+    (tmp_path / "small").symlink_to(trained / "out")
+    few = ["--checkpoint", "small", "--class-id", 2]
+    for flags in ([], ["--cfg-scale", 1.5], ["--num-images", 1], ["--seed", 1]):
+        call("sample.py", *few, "--steps", 1, *flags, cwd=tmp_path)
+    call("sample.py", *few, "--steps", 2, cwd=tmp_path)
+    assert len(list((tmp_path / "samples").iterdir())) == 5
+    assert (tmp_path / "samples" / "class-2-seed-0-small-steps-1.png").exists()
+
+
 def test_list_classes(trained):
     out, _ = call("sample.py", "--list-classes", cwd=trained)
     assert [line.split() for line in out.splitlines()] == [[str(i), n] for i, n in enumerate(NAMES)]

@@ -133,6 +133,18 @@ def test_an_empty_log_is_begun_anew(trained, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "out")] == ["40"]
 
 
+@pytest.mark.parametrize("first, separator", [("step", ","), ("time", ","), ("step", ";")])
+def test_rows_of_a_log_are_cut_only_if_they_are_known_to_be_later(tmp_path, first, separator):
+    names = [first, "other", "step" if first == "time" else "val_loss"]
+    lines = [names, ["5", "x", "5"], ["10", "x", "10"], ["15", "x", "15"]]
+    lines = [separator.join(line) + "\n" for line in lines]
+    path = tmp_path / "log.csv"
+    path.write_text("".join(lines) + "20")
+    common.Log(path, last_step=10)
+    kept = lines[:3] if separator == "," else [*lines, "20"]  # which a spreadsheet has saved
+    assert path.read_text() == "".join(kept)
+
+
 def test_a_grid_that_cannot_be_deleted_is_named(pictures, tmp_path):
     (tmp_path / "out" / "samples" / "step-000002.png").mkdir(parents=True)
     run = [*SMALL, "--dataset", pictures, "--batch-size", 4, "--steps", 2]
