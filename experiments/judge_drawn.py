@@ -4,9 +4,9 @@
     python experiments/judge_drawn.py out --steps 20 --cfg-scale 2 --seed 1
 
 Trains a convolutional classifier with three heads (colour, pattern, shape) on freshly drawn
-butterflies, half a minute on two cores. Prints its accuracy on other drawings, the most that
-samples can reach; then the share of samples whose colour, pattern, shape, and all three, it finds
-right.
+butterflies, half a minute on two cores. Prints its accuracy on other drawings, for comparison; then
+the share of samples whose colour, pattern, shape, and all three, it finds right. It does not see
+variety: the same right picture many times would be judged right as well.
 """
 
 import sys
