@@ -5,6 +5,7 @@ Nothing here is about diffusion. To understand nanoDiT, read model.py, train.py 
 
 import argparse
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -263,7 +264,7 @@ def check_settings(values):
     check_choice(values, "COMPILE", ("auto", "on", "off"))
 
 
-def check_names(preset, settings):
+def check_preset(preset, settings):
     """Raise UserError if a preset changes what is no setting, as after renaming a constant."""
     unknown = preset.keys() - settings.keys()
     if unknown:
@@ -271,21 +272,20 @@ def check_names(preset, settings):
         raise UserError(f"the preset sets {listed}, which train.py does not have as a constant")
 
 
-def expand_home(values, *names):
-    """Replace ~ at the start of paths by the user's folder; a shell does not where = precedes."""
-    for name in names:
-        values[name] = os.path.expanduser(values[name])
+def expand_home(values, name):
+    """Replace ~ at the start of a path by the user's folder; a shell does not where = precedes."""
+    values[name] = os.path.expanduser(values[name])
 
 
 def print_kept_settings(saved, values, flags):
-    """Say which settings a resumed run keeps although train.py has others by now."""
+    """Say which settings of a resumed run differ from the constants, which it does not take."""
     kept = [
         f"{name} {value}"
         for name, value in saved.items()
         if name not in (*flags, "OUT_DIR") and value != values[name]
     ]
     if kept:
-        print_once(f"kept from the run, unlike train.py (flags change them): {', '.join(kept)}")
+        print_once(f"settings of the run, not of train.py: {', '.join(kept)}")
 
 
 # Devices, processes, compilation and signals
@@ -393,6 +393,7 @@ def compile_model(model, loss, uneven):
     uneven: whether batches will differ in size; then the code is made for any size.
     """
     begin = time.perf_counter()
+    buffers = copy.deepcopy(dict(model.named_buffers()))  # a batch norm would count this call
     try:
         model.forward = torch.compile(model.forward, dynamic=uneven or None)
         loss().backward()
@@ -403,6 +404,7 @@ def compile_model(model, loss, uneven):
         print_once(f"warning: {message} ({reason})", file=sys.stderr)
     else:
         print_once(f"compiled in {time.perf_counter() - begin:.0f} seconds")
+    model.load_state_dict(buffers, strict=False)
     model.zero_grad()
 
 
@@ -610,7 +612,7 @@ def name_grid(flags, class_ids, default_steps):
         ids += f"-and-{len(class_ids) - 8}-more"
     name = f"class-{ids}-seed-{flags.seed}"
     if flags.checkpoint != "out":
-        name += "-" + re.sub(r"[^\w.-]", "-", Path(flags.checkpoint).name)
+        name += "-" + re.sub(r"[^\w.-]", "-", Path(flags.checkpoint).resolve().name)
     if flags.num_images is not None:
         name += f"-images-{flags.num_images}"
     if flags.steps != default_steps:
@@ -720,7 +722,7 @@ def list_files(repo_id, what):
 def load_model(checkpoint):
     """The model in a folder, such as "out", or at a Hub id, such as "you/butterflies", ready to
     sample from. Raises UserError if there is none, or if its files are damaged."""
-    folder = Path(checkpoint).expanduser()
+    folder = Path(os.path.expanduser(checkpoint))
     if not os.path.isdir(folder) and "/" in str(checkpoint):
         files = ["config.json", "model.safetensors"]
         folder = download(str(checkpoint), f"no model at {checkpoint}", allow_patterns=files)

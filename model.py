@@ -244,7 +244,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory):
         """Like the mixin's, plus what hub.complete adds; changes since loading are saved."""
-        for name in ("class_names", "dataset", "cfg_scale"):
+        for name in {"class_names", "dataset", "cfg_scale"} & self._hub_mixin_config.keys():
             self._hub_mixin_config[name] = getattr(self, name)
         super()._save_pretrained(save_directory)
         hub.complete(save_directory, self.folder)

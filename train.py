@@ -279,13 +279,14 @@ def train(options, flags):
     """The whole run, from top to bottom. The arguments are what parse_flags returns."""
     # Settings: a preset changes the constants, then the flags do; a resumed run has its own.
     preset = PRESETS.get(options.get("preset"), {})
-    common.check_names(preset, SETTINGS)
+    common.check_preset(preset, SETTINGS)
     globals().update({**preset, **flags})
-    common.expand_home(globals(), "DATASET", "OUT_DIR")
+    common.expand_home(globals(), "OUT_DIR")
     out, state = Path(OUT_DIR), None
     if "resume" in options:
         state = common.load_state(out / "train_state.pt")
         resume_settings(state, preset, flags)
+    common.expand_home(globals(), "DATASET")
     common.check_settings(globals())
     if state and state["step"] >= STEPS:
         print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
@@ -354,7 +355,8 @@ def train(options, flags):
         for step in range(steps_done + 1, STEPS + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step)
-            torch.manual_seed(hash((SEED, step, rank)))  # for layers you may add, such as dropout
+            # For layers that you may add, such as dropout. The hash of numbers is always the same.
+            torch.manual_seed(hash((SEED, step, rank)))
 
             # The gradients of the parts, in all processes, add up to that of the whole batch.
             batch = random_batch(train_images, train_labels, model.num_classes, step)
@@ -391,8 +393,8 @@ def train(options, flags):
                 train_loss = torch.stack(losses).mean().item()
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
-                    flags = f"--resume --out-dir {OUT_DIR} --learning-rate {LEARNING_RATE / 2:g}"
-                    hint = f"lower LEARNING_RATE: {flags}"
+                    retry = f"--resume --out-dir {out} --learning-rate {LEARNING_RATE / 2:g}"
+                    hint = f"lower LEARNING_RATE: {retry}"
                     raise UserError(f"the loss is not finite at step {step}; {hint}")
 
             # Evaluate, and add a row to the log.
@@ -433,7 +435,7 @@ def train(options, flags):
     if world_size > 1:
         dist.destroy_process_group()
     if stop:
-        then = f"continue with --resume --out-dir {OUT_DIR}"
+        then = f"continue with --resume --out-dir {out}"
         print(f"stopped at step {step} and saved in {out}: {then}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:

@@ -64,14 +64,14 @@ def find_classes(folder, passed_over):
     folders, files = list_folder(folder, passed_over)
     pictures = pictures_among(files)
     for path in [path for path in files if suffix(path) in TABLE_SUFFIXES]:
-        if not read_table(path):
-            files.remove(path)
-            passed_over[f"table without columns such as filename and label ({path.name})"] += 1
+        files.remove(path)
+        needs = "" if read_table(path) else ", which lacks columns such as filename and label"
+        passed_over[f"unused table ({path.name}{needs})"] += 1
 
     split = find_split(folders)
     if split:
         train, others = split
-        pass_over_splits(others, train, passed_over)
+        pass_over_splits(train, others, passed_over)
         classes, source = find_classes(train, passed_over)
         return classes, f"{source}, the split for training"
 
@@ -100,7 +100,8 @@ def find_classes(folder, passed_over):
 
 def split_of(name):
     """What the name of a folder says about a split: ("train", ()) for Training_Set or trainset,
-    ("test", ("seg",)) for seg_val; the second part is the rest of it. None without a split."""
+    ("test", ("seg",)) for seg_val; the second part is the rest of it. None unless exactly one word
+    is a split."""
     words = [word.removesuffix("set") for word in re.split(r"[\W_]+", name.casefold())]
     splits = [word for word in words if word in (*TRAINING_SPLITS, *HELD_OUT_SPLITS)]
     if len(splits) != 1:
@@ -122,7 +123,7 @@ def find_split(folders):
     return train[0], [entry for entry in folders if entry != train[0]]
 
 
-def pass_over_splits(others, train, passed_over):
+def pass_over_splits(train, others, passed_over):
     """Count the pictures in the folders beside that for training."""
     for entry in others:
         kind = f"pictures in {entry.name}, beside the split {train.name}"
@@ -135,8 +136,9 @@ def files_of_class(folder, passed_over):
     split = find_split(folders)
     if not split:
         return files_below(folder, passed_over)
-    pass_over_splits(split[1], split[0], passed_over)
-    return sorted(files + files_below(split[0], passed_over))
+    train, others = split
+    pass_over_splits(train, others, passed_over)
+    return sorted(files + files_below(train, passed_over))
 
 
 def holds_documents(folder):
@@ -193,7 +195,7 @@ def is_run_folder(folder):
     if folder.name == "samples":
         return any(folder.glob("class-*-seed-*.png"))
     # A run that has just begun has an empty folder for its samples.
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     return [entry.name for entry in entries] == ["samples"] and not any(entries[0].iterdir())
 
 
@@ -215,19 +217,19 @@ def classes_from_table(folder, passed_over):
     """What find_classes returns, if a table in the folder labels its pictures; else None.
 
     Raises UserError if there are two such tables, if some of the pictures have two labels or none,
-    if they also lie in folders that say otherwise, or if they all lie in one folder and the table
-    names none of them.
+    if they also lie in folders that say otherwise, or if they lie in one folder and the table names
+    none of them.
     """
     table, labels = find_table(folder)
     if not labels:
         return None
     pictures = pictures_among(files_below(folder, Counter()))
     label_of, missing = match_labels(labels, pictures, folder)
-    if missing > len(label_of) and len(class_folders(pictures)) > 1:
-        return None  # a list of something else, such as of the classes
-    if pictures and not label_of:
+    if not label_of and len({path.parent for path in pictures}) == 1:
         named = next(iter(labels))
         raise UserError(f"{table} labels {named} and others, but none of the pictures here")
+    if not label_of or (missing > len(label_of) and len(class_folders(pictures)) > 1):
+        return None  # a list of something else, such as of the classes
     if len(class_folders(label_of)) > 1:
         pairs = [(path.parent.name, label) for path, label in label_of.items() if label]
         if all(plain(name) == plain(label) for name, label in pairs):
@@ -236,6 +238,11 @@ def classes_from_table(folder, passed_over):
             f"{folder} has folders of pictures, and other labels in {table.name}: remove the "
             "table, or move all pictures into one folder"
         )
+    labelled = len(label_of)
+    if any(is_in_split(path, folder, "train") for path in label_of):
+        for path in [path for path in label_of if is_in_split(path, folder, "test")]:
+            del label_of[path]
+            passed_over[f"pictures that {table.name} labels, but not for training"] += 1
     doubtful = [path for path, label in label_of.items() if not label]
     if doubtful:
         named = doubtful[0].relative_to(folder)
@@ -249,21 +256,17 @@ def classes_from_table(folder, passed_over):
         )
 
     classes = {}
-    for_training = any(is_in_split(path, folder, "train") for path in label_of)
     for path, label in sorted(label_of.items()):
-        if for_training and is_in_split(path, folder, "test"):
-            passed_over[f"pictures that {table.name} labels, but not for training"] += 1
-        else:
-            classes.setdefault(label, []).append(path)
+        classes.setdefault(label, []).append(path)
     passed_over[f"rows of {table.name} that name no picture"] += missing
-    others = len(pictures) - len(label_of)
+    others = len(pictures) - labelled
     passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
     return classes, f"{folder}, labelled by {table.name}"
 
 
 def class_folders(paths):
-    """The folders that paths lie in, other than splits."""
-    return {path.parent for path in paths if split_of(path.parent.name) is None}
+    """The names of the folders that paths lie in, other than splits."""
+    return {path.parent.name for path in paths if split_of(path.parent.name) is None}
 
 
 def find_table(folder):
@@ -275,8 +278,8 @@ def find_table(folder):
         if labels:
             tables[path] = labels
     if len(tables) > 1:  # perhaps one for training and one for testing
-        splits = {path: split_of(path.stem) for path in tables}
-        chosen = [path for path in tables if splits[path] and splits[path][0] == "train"]
+        words = {path: re.split(r"[\W_]+", path.stem.casefold()) for path in tables}
+        chosen = [path for path in tables if not set(words[path]).isdisjoint(TRAINING_SPLITS)]
         if len(chosen) != 1:
             names = ", ".join(path.name for path in tables)
             raise UserError(f"{folder} has several tables of labels ({names}): keep one")
@@ -299,9 +302,9 @@ def match_labels(labels, pictures, folder):
 
     # Rows may end alike, such as train/1.jpg and test/1.jpg, where only one of the pictures is
     # here: it belongs to the row of which it has the most.
-    matches = {}  # {path: (how many parts of its name a row has, label)}
+    missing, matches = 0, {}  # {path: (how many parts of its name a row has, label)}
     for name, label in labels.items():
-        parts = PurePosixPath(name).parts
+        parts, found, start = PurePosixPath(name).parts, [], 0
         for start in range(len(parts)):
             found = paths_by_name.get(str(PurePosixPath(*parts[start:])), [])
             if len(found) > 1:  # the same name in several splits
@@ -309,15 +312,16 @@ def match_labels(labels, pictures, folder):
             if found:
                 break
         if len(found) != 1:
+            missing += 1
             continue
         length = len(parts) - start
         known_length, known_label = matches.get(found[0], (0, label))
+        missing += known_length not in (0, length)  # the row that has less of the name
         if length > known_length:
             matches[found[0]] = length, label
         elif length == known_length and label != known_label:
             matches[found[0]] = length, None
-    label_of = {path: label for path, (_, label) in matches.items()}
-    return label_of, len(labels) - len(label_of)
+    return {path: label for path, (_, label) in matches.items()}, missing
 
 
 def plain(name):

@@ -204,9 +204,10 @@ def load_from_hub(name, image_size):
         return load_with_datasets(name, image_size)
 
     folders = {PurePosixPath(file.parts[0]) for file in files if len(file.parts) > 1}
-    ignored = []
-    if find_split(folders):
-        ignored = [f"{top.name}/*" for top in folders if split_of(top.name) == ("test", ())]
+    train, others = find_split(folders) or (None, [])
+    ignored = [f"{entry.name}/*" for entry in others]
+    if any(split_of(entry.name) != ("test", ()) for entry in others):
+        ignored = []  # load_downloaded() would not know what to do without
     folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
     return load_snapshot(folder, name, image_size)
 

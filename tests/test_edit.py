@@ -422,7 +422,7 @@ def test_resume_says_what_it_keeps_and_takes_the_optimizer_of_the_file(trained, 
     )
     before = (tmp_path / "out" / "log.csv").read_text()
     out, _ = call(copy / "train.py", "--resume", "--steps", 31, cwd=tmp_path)
-    (line,) = [line for line in out.splitlines() if line.startswith("kept from the run")]
+    (line,) = [line for line in out.splitlines() if line.startswith("settings of the run")]
     assert "BATCH_SIZE 8" in line and "SEED" not in line and "STEPS" not in line
     state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
     assert state["optimizer"]["param_groups"][0]["betas"] == (0.8, 0.95)
@@ -442,7 +442,10 @@ def test_a_preset_with_a_name_that_is_no_constant_is_refused(tmp_path):
 def test_the_home_folder_may_be_a_tilde(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "pictures")
     flags = ["--dataset=~/pictures", "--out-dir=~/run", "--steps", 1]
-    call("train.py", *FEW, *flags, cwd=tmp_path, HOME=str(tmp_path))
+    home = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    call("train.py", *FEW, *flags, cwd=tmp_path, **home)
+    flags = ["--resume", "--dataset=~/pictures", "--out-dir=~/run", "--steps", 2]
+    call("train.py", *flags, cwd=tmp_path, **home)
     assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "~").exists()
 
 

@@ -300,7 +300,38 @@ def test_a_table_of_unknown_columns_is_named(tmp_path, capsys):
     (tmp_path / "train.csv").write_text("picture,animal,age\n0.jpg,fish,3\n")
     assert classes(tmp_path) == {"train": 3}
     line = capsys.readouterr().err
-    assert "table without columns such as filename and label (train.csv)" in line
+    assert "table (train.csv, which lacks columns such as filename and label)" in line
+    (tmp_path / "train.csv").write_text("id,species\n100,fish\n")
+    assert classes(tmp_path) == {"train": 3}
+    assert "1 unused table (train.csv)" in capsys.readouterr().err
+
+
+def test_what_a_table_says_of_pictures_that_are_not_here(tmp_path, capsys):
+    kaggle(tmp_path, ["a", "b", "a"], test=3)
+    (tmp_path / "train" / "2.jpg").unlink()  # but test/2.jpg is there
+    (tmp_path / "Testing_set.csv").rename(tmp_path / "test.csv")
+    (tmp_path / "Training_set.csv").rename(tmp_path / "train_val.csv")
+    with open(tmp_path / "train_val.csv", "a") as table:
+        table.write(".,a\n")  # SAS's missing value
+    assert classes(tmp_path) == {"a": 1, "b": 1}
+    assert "1 rows of train_val.csv that name no picture" in capsys.readouterr().err
+
+
+def test_a_table_of_pictures_in_a_folder_of_each_split(tmp_path):
+    save(
+        *(tmp_path / split / "images" / f"{n}.jpg" for split in ("train", "test") for n in range(2))
+    )
+    rows = "".join(f"{s}/images/{n}.jpg,{'ab'[n]}\n" for s in ("train", "test") for n in range(2))
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    assert classes(tmp_path) == {"a": 1, "b": 1}
+
+
+def test_a_table_beside_pictures_without_endings_changes_nothing(tmp_path):
+    tree(tmp_path, ["fish", "star"])
+    for path in list(tmp_path.rglob("*.png")):
+        path.rename(path.with_suffix(""))
+    (tmp_path / "labels.csv").write_text("file,label\nx,fish\n")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
 
 
 def test_class_folders_outweigh_tables_about_other_things(tmp_path):
