@@ -309,10 +309,10 @@ def test_a_table_of_unknown_columns_is_named(tmp_path, capsys):
 def test_what_a_table_says_of_pictures_that_are_not_here(tmp_path, capsys):
     kaggle(tmp_path, ["a", "b", "a"], test=3)
     (tmp_path / "train" / "2.jpg").unlink()  # but test/2.jpg is there
-    (tmp_path / "Testing_set.csv").rename(tmp_path / "test.csv")
-    (tmp_path / "Training_set.csv").rename(tmp_path / "train_val.csv")
-    with open(tmp_path / "train_val.csv", "a") as table:
-        table.write(".,a\n")  # SAS's missing value
+    (tmp_path / "test.csv").write_text("filename,label\n0.jpg,x\n")
+    rows = (tmp_path / "Training_set.csv").read_text().partition("\n")[2]
+    (tmp_path / "Training_set.csv").unlink()
+    (tmp_path / "train_val.csv").write_text(f"filename,label\n.,a\n{rows}")  # SAS's missing value
     assert classes(tmp_path) == {"a": 1, "b": 1}
     assert "1 rows of train_val.csv that name no picture" in capsys.readouterr().err
 
