@@ -612,7 +612,7 @@ def name_grid(flags, class_ids, default_steps):
         ids += f"-and-{len(class_ids) - 8}-more"
     name = f"class-{ids}-seed-{flags.seed}"
     if flags.checkpoint != "out":
-        name += "-" + re.sub(r"[^\w.-]", "-", Path(flags.checkpoint).resolve().name)
+        name += "-" + re.sub(r"[^\w.-]", "-", Path(os.path.abspath(flags.checkpoint)).name)
     if flags.num_images is not None:
         name += f"-images-{flags.num_images}"
     if flags.steps != default_steps:
