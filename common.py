@@ -666,14 +666,15 @@ class Log:
         header = ",".join(row) + "\n"
         self.waiting.append(",".join(map(str, row.values())) + "\n")
         try:
-            if self.path.exists() and self.path.stat().st_size > 0:
+            first = ""
+            if self.path.exists():
                 with open(self.path, encoding="utf-8", errors="replace") as file:
-                    same_columns = file.readline() == header
-                if not same_columns:
-                    old = unused_name(self.path)
-                    replace(self.path, old)
-                    print(f"the log has other columns now: its rows so far are in {old}")
-            if not self.path.exists() or self.path.stat().st_size == 0:
+                    first = file.readline()
+            if first not in ("", header):
+                old = unused_name(self.path)
+                replace(self.path, old)
+                print(f"the log has other columns now: its rows so far are in {old}")
+            if first != header:
                 self.path.write_text(header, "utf-8")
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self.waiting))

@@ -114,9 +114,7 @@ def parse_flags(arguments):
     group.add_argument("--device", default="auto", metavar="NAME", help=text)
 
     group = parser.add_argument_group("what to write")
-    text = (
-        "the grid (default: samples/class-<ids>-seed-<seed>.png, plus other flags that are given)"
-    )
+    text = "the grid (default: samples/class-<ids>-seed-<seed>.png, plus further flags)"
     group.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
     group.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     text = "also every picture, as DIR/<class name>/<n>.png"

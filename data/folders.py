@@ -98,11 +98,16 @@ def find_classes(folder, passed_over):
     return classes, str(folder)
 
 
+def words_of(name):
+    """The words of a name such as Training_Set, in lower case."""
+    return re.split(r"[\W_]+", name.casefold())
+
+
 def split_of(name):
     """What the name of a folder says about a split: ("train", ()) for Training_Set or trainset,
     ("test", ("seg",)) for seg_val; the second part is the rest of it. None unless exactly one word
     is a split."""
-    words = [word.removesuffix("set") for word in re.split(r"[\W_]+", name.casefold())]
+    words = [word.removesuffix("set") for word in words_of(name)]
     splits = [word for word in words if word in (*TRAINING_SPLITS, *HELD_OUT_SPLITS)]
     if len(splits) != 1:
         return None
@@ -238,7 +243,9 @@ def classes_from_table(folder, passed_over):
             f"{folder} has folders of pictures, and other labels in {table.name}: remove the "
             "table, or move all pictures into one folder"
         )
-    labelled = len(label_of)
+    passed_over[f"rows of {table.name} that name no picture"] += missing
+    others = len(pictures) - len(label_of)
+    passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
     if any(is_in_split(path, folder, "train") for path in label_of):
         for path in [path for path in label_of if is_in_split(path, folder, "test")]:
             del label_of[path]
@@ -258,9 +265,6 @@ def classes_from_table(folder, passed_over):
     classes = {}
     for path, label in sorted(label_of.items()):
         classes.setdefault(label, []).append(path)
-    passed_over[f"rows of {table.name} that name no picture"] += missing
-    others = len(pictures) - labelled
-    passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
     return classes, f"{folder}, labelled by {table.name}"
 
 
@@ -278,8 +282,7 @@ def find_table(folder):
         if labels:
             tables[path] = labels
     if len(tables) > 1:  # perhaps one for training and one for testing
-        words = {path: re.split(r"[\W_]+", path.stem.casefold()) for path in tables}
-        chosen = [path for path in tables if not set(words[path]).isdisjoint(TRAINING_SPLITS)]
+        chosen = [p for p in tables if any(word in TRAINING_SPLITS for word in words_of(p.stem))]
         if len(chosen) != 1:
             names = ", ".join(path.name for path in tables)
             raise UserError(f"{folder} has several tables of labels ({names}): keep one")
@@ -326,7 +329,7 @@ def match_labels(labels, pictures, folder):
 
 def plain(name):
     """A class name as it is compared: Golden Retriever and golden_retriever are the same."""
-    return re.sub(r"[\W_]+", " ", name.casefold())
+    return " ".join(words_of(name))
 
 
 def is_in_split(path, folder, split):
