@@ -155,8 +155,7 @@ def random_batch(images, labels, num_classes, step):
     indices, flipped, dropped, t, noise = common.to_device(drawn, images.device)
     x = images[indices].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    if MAX_SHIFT > 0:
-        x = random_shifts(x, MAX_SHIFT, generator)
+    x = random_shifts(x, MAX_SHIFT, generator)
     y = torch.where(dropped, num_classes, labels[indices])
     return x, y, t, noise
 
