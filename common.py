@@ -253,7 +253,6 @@ def check_settings(values):
         check_number(values, name, lowest, whole=True)
     check_sizes(*(values[name] for name in sizes))
     check_number(values, "WARMUP_STEPS", lowest=0, whole=True)
-    check_number(values, "MAX_SHIFT", lowest=0, highest=values["IMAGE_SIZE"] - 1, whole=True)
     check_number(values, "SEED", lowest=0, highest=2**63 - 1, whole=True)
     for name in ("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"):
         check_number(values, name, lowest=0, highest=1)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import common
 import sample
-from data.images import held_out, load_dataset, random_shifts
+from data.images import held_out, load_dataset
 from model import MIN_T, DiT, UserError
 
 imported = set(globals())  # the names above, which are not settings even if upper-case
@@ -43,7 +43,6 @@ LOG_EVERY = 10  # steps between losses on screen; each makes the CPU wait for th
 # --- data ---
 IMAGE_SIZE = 64  # pixels per side, after resizing and cropping; a multiple of PATCH_SIZE
 FLIP_SHARE = 0.5  # share of pictures that are mirrored; 0 if left and right matter, as in text
-MAX_SHIFT = 0  # pixels by which pictures are moved at most; 4 puts off overfitting in long runs
 
 # --- model ---
 PATCH_SIZE = 4  # pixels per side of a patch; halving it costs four times the compute
@@ -106,7 +105,6 @@ SMALL = {  # photographs, and a network that two CPU cores train in 134 minutes
     "LEARNING_RATE": 2e-3,
     "DECAY_SHARE": 0.8,
     "CONV_DIM": 64,
-    "MAX_SHIFT": 4,
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
@@ -155,7 +153,6 @@ def random_batch(images, labels, num_classes, step):
     indices, flipped, dropped, t, noise = common.to_device(drawn, images.device)
     x = images[indices].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    x = random_shifts(x, MAX_SHIFT, generator)
     y = torch.where(dropped, num_classes, labels[indices])
     return x, y, t, noise
 

@@ -15,7 +15,6 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm.contrib.concurrent import thread_map
@@ -345,21 +344,6 @@ def find_label_column(datasets, dataset):
         if look_like_classes(values):
             return column, [None if value is None else str(value) for value in values]
     return None, None
-
-
-# What training does with them
-
-
-def random_shifts(x, max_shift, generator):
-    """The pictures x (B,3,S,S), each moved at random by up to max_shift pixels, at most S-1, up or
-    down and to the left or right. What the edges uncover is filled with their mirror image.
-
-    A network that always sees a picture in the same place learns it by heart sooner.
-    """
-    corners = torch.randint(2 * max_shift + 1, (len(x), 2), generator=generator).tolist()
-    size = x.shape[-1]
-    x = F.pad(x, [max_shift] * 4, mode="reflect")
-    return torch.stack([p[:, i : i + size, j : j + size] for p, (i, j) in zip(x, corners)])
 
 
 # Held-out pictures

@@ -24,12 +24,6 @@ SMALL += ["--precision", "fp32"]  # the same on every CPU
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals and processes of POSIX")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """How many `-n auto` starts: tests mostly wait for programs, so at least four."""
-    return max(4, os.cpu_count())
-
-
 def environment(**extra):
     """This process's, without what a developer's own Hub settings could change."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import train
-from data.images import held_out, load_images, random_shifts
+from data.images import held_out, load_images
 from model import MIN_T, UserError
 from train import random_batch
 
@@ -167,38 +167,3 @@ def test_a_batch_follows_from_the_seed_and_the_step(monkeypatch):
     again = random_batch(images, labels, 3, step=5)
     assert all(torch.equal(a, b) for a, b in zip(again, (x, y, t, noise)))
     assert not torch.equal(random_batch(images, labels, 3, step=6)[3], noise)
-
-
-def test_pictures_are_shifted_by_all_distances_and_mirrored_at_the_edges():
-    picture = torch.arange(3 * 8 * 8).view(3, 8, 8).float()
-    shifted = random_shifts(picture.repeat(2000, 1, 1, 1), 2, torch.Generator().manual_seed(0))
-    expected = {}
-    for down in range(-2, 3):
-        for right in range(-2, 3):
-            rows, columns = (
-                [-i if i < 0 else min(i, 14 - i) for i in range(start, start + 8)]
-                for start in (down, right)
-            )
-            expected[down, right] = picture[:, rows][:, :, columns]
-    counts = {
-        distance: sum(torch.equal(image, other) for image in shifted)
-        for distance, other in expected.items()
-    }
-    assert sum(counts.values()) == 2000 and min(counts.values()) > 40  # 80 each on average
-    assert torch.equal(random_shifts(shifted, 0, torch.Generator()), shifted)
-
-
-def test_a_batch_shifts_pictures_by_at_most_max_shift(monkeypatch):
-    monkeypatch.setattr(train, "BATCH_SIZE", 500)
-    images = torch.zeros(1, 3, 9, 9, dtype=torch.uint8)
-    images[:, :, 4, 4] = 255
-    for most in (0, 3):
-        monkeypatch.setattr(train, "MAX_SHIFT", most)
-        x, _, _, noise = random_batch(images, torch.tensor([0]), 1, step=1)
-        _, rows, columns = (x[:, 0] == 1).nonzero().T
-        for places in (rows, columns):
-            assert (places - 4).unique().tolist() == list(range(-most, most + 1))
-        assert (rows != columns).any() == (most > 0)
-        if most == 0:
-            unshifted = noise
-    assert torch.equal(noise, unshifted)  # nothing else of the batch depends on it

@@ -147,7 +147,6 @@ def test_whole_numbers_and_floats_mean_the_same(pictures, tmp_path):
 
 BAD = [
     ("FLIP_SHARE", 1.5),
-    ("MAX_SHIFT", 16),
     ("LABEL_DROP", -0.1),
     ("DECAY_SHARE", 7),
     ("EMA_DECAY", 5),
