@@ -7,7 +7,8 @@
 Rows differ in steps, guidance scale, the interval of t within which guidance acts (Kynkaanniemi et
 al. 2024, arXiv 2404.07724), the spacing of the steps (shifted as in Esser et al. 2024, arXiv
 2403.03206: above 1 more of them near the noise, below 1 near the data), and in the method: Heun's
-takes the mean of the velocities at both ends of a step, for twice the evaluations. A finished row
+takes the mean of the velocities at both ends of a step, for twice the evaluations; with eta, each
+step replaces part of the noise by fresh noise (Song et al. 2020, arXiv 2010.02502). A finished row
 is kept in experiments/sampling.csv, with a checksum of the network's weights, and not run again;
 sampling-drawn.md or sampling-photographs.md, and .png, show all rows of the network.
 
@@ -15,6 +16,7 @@ evaluations: how often the network runs for a picture, 2 a step with guidance. k
 (experiments/score.py) of the samples to pictures that were not trained on.
 """
 
+import math
 import statistics
 import sys
 import zlib
@@ -31,7 +33,7 @@ from experiments.ablations import check_only, read_rows, write_row  # noqa: E402
 from experiments.plot_loss import pyplot, save_figure  # noqa: E402
 from experiments.score import SIZE, features, kernel_distance, resized  # noqa: E402
 
-BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False}
+BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False, "eta": 0.0}
 ROWS = {
     "default": {"steps": sample.DEFAULT_STEPS},
     "150 steps, scale 5": {"steps": 150, "scale": 5.0},
@@ -46,13 +48,19 @@ ROWS = {
     "12 steps, shift 2": {"steps": 12, "shift": 2.0},
     "Heun, 6 steps": {"steps": 6, "heun": True},
     "Heun, 12 steps": {"steps": 12, "heun": True},
+    "eta 0.5": {"eta": 0.5},
+    "eta 1": {"eta": 1.0},
+    "eta 1, 50 steps": {"steps": 50, "eta": 1.0},
 }
 KEY = ["pictures", "weights", "row", "samples", "seed"]
 COLUMNS = [*KEY, "evaluations", "kid"]
 
 
-def integrate(model, class_ids, noise, steps, scale, interval, shift, heun, start=1.0):
-    """From noise, or z at `start`, to x (B,3,S,S), and how often the network ran for a picture."""
+def integrate(
+    model, class_ids, noise, steps, scale, interval, shift, heun, eta, start=1.0, generator=None
+):
+    """From noise, or z at `start`, to x (B,3,S,S), and how often the network ran for a picture.
+    generator: of the fresh noise."""
     low, high = interval
     y = torch.cat([class_ids, torch.full_like(class_ids, model.num_classes)])
     runs = 0
@@ -74,7 +82,16 @@ def integrate(model, class_ids, noise, steps, scale, interval, shift, heun, star
         v = velocity(z, now)
         if heun and then > 0:  # at t = 0 the velocity is not defined: the last step is Euler's
             v = (v + velocity(z - (now - then) * v, then)) / 2
-        z = z - (now - then) * v
+        # On the line from x to eps, z = (1-t) x + t eps and v = eps - x.
+        x, eps = z - now * v, z + (1 - now) * v
+        if eta > 0 and then > 0:
+            # With eta = 1, as much as is added between `then` and `now` on the way from data to
+            # noise, which is DDPM's ancestral sampling.
+            kept = (1 - now) * then / ((1 - then) * now)
+            fresh = eta * math.sqrt(1 - kept**2)
+            noise = torch.randn(z.shape, generator=generator)
+            eps = math.sqrt(1 - fresh**2) * eps + fresh * noise
+        z = (1 - then) * x + then * eps  # without fresh noise: z - (now - then) * v
     return z, runs
 
 
@@ -87,7 +104,7 @@ def samples(model, each, seed, **way):
     for y in classes.split(sample.MAX_BATCH):
         noise = torch.randn(len(y), 3, size, size, generator=generator)
         with common.autocast(noise.device):
-            x, runs = integrate(model, y, noise, **way)
+            x, runs = integrate(model, y, noise, **way, generator=generator)
         pictures.append(sample.to_uint8(x))
     return torch.cat(pictures), runs
 
@@ -123,7 +140,7 @@ def draw_plot(rows, path):
     """Score against network evaluations, both logarithmic; a kind of row, a colour."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    kinds = ("steps", "scale", "guided", "shift", "Heun", "default")
+    kinds = ("steps", "scale", "guided", "shift", "Heun", "eta", "default")
     points = {kind: ([], []) for kind in kinds}
     for name, _, evaluations, kids in grouped(rows):
         kind = next(kind for kind in reversed(kinds) if kind in name)

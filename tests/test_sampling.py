@@ -54,6 +54,25 @@ def test_shifted_steps_begin_and_end_where_the_even_ones_do(shift):
     assert error(**{**BASE, "steps": 400, "shift": shift}) < 3e-3
 
 
+def test_fresh_noise_leaves_the_distribution_and_forgets_the_first_noise():
+    std = 0.5  # of the data, which are normal: the best prediction is known
+
+    def model(z, t, y):
+        t = t[:, None, None, None]
+        x = (1 - t) * std**2 * z / ((1 - t) ** 2 * std**2 + t**2)
+        return (z - x) / t
+
+    model.num_classes = 1
+    noise, y = torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
+    for eta, low, high in ((0.0, 0.999, 1.001), (0.5, 0.1, 0.5), (1.0, -0.05, 0.05)):
+        way = {**BASE, "steps": 200, "eta": eta}
+        generator = torch.Generator().manual_seed(0)
+        x, runs = integrate(model, y, noise, **way, generator=generator)
+        assert runs == 400 and x.std().item() == pytest.approx(std, rel=0.03)
+        correlation = torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1].item()
+        assert low < correlation < high
+
+
 def test_evaluations_are_those_that_the_network_saw():
     model, noise = Growth(), torch.ones(5, 3, 1, 1)
     y = torch.zeros(5, dtype=torch.long)
