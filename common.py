@@ -156,6 +156,14 @@ def parse_finite(text):
     return value
 
 
+def parse_share(text):
+    """Parse a flag: a number from 0 to 1."""
+    value = parse_finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def int_in_range(lowest, highest=2**63 - 1):
     """A function that parses a flag: an int from lowest to highest."""
 
@@ -604,6 +612,21 @@ def find_class(name, class_names):
     return matches[0]
 
 
+def renew_noise(z, t, v, dt, eta, generator):
+    """Replace part of the noise in z_t by fresh noise, after a step of length dt along the velocity
+    v. Errors of the steps before fade with the noise that they were in.
+
+    With eta = 0 all noise is kept; with 1, as much is replaced as is added between t and t + dt on
+    the way from data to noise, which is the ancestral sampling of DDPM. Song et al. 2020 (DDIM),
+    arXiv 2010.02502.
+    """
+    eps = z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
+    kept = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of eps, by adding that much
+    fresh = eta * math.sqrt(1 - kept**2)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * noise - eps)
+
+
 def name_grid(flags, class_ids, default_steps):
     """Where sample.py puts its grid: samples/class-3-seed-0.png, or a longer name if other flags
     decide what is in it, so that they can be compared."""
@@ -619,6 +642,8 @@ def name_grid(flags, class_ids, default_steps):
         name += f"-steps-{flags.steps}"
     if flags.cfg_scale is not None:
         name += f"-cfg-scale-{flags.cfg_scale:g}"
+    if flags.eta > 0:
+        name += f"-eta-{flags.eta:g}"
     return Path("samples", f"{name}.png")
 
 

@@ -4,11 +4,13 @@
     python sample.py --class-id 3                   # four pictures of class 3
     python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8    # a row of eight for each
     python sample.py --class-id 3 --gif             # also an animation, from noise to pictures
+    python sample.py --eta 1                        # with fresh noise in each step: better shapes
     python sample.py --checkpoint you/butterflies   # a model from the Hub
 
 Prints the path of each file that it writes.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -25,7 +27,7 @@ MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
 
 
 @torch.no_grad()
-def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=None):
+def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=None, renew=None):
     """Integrate dz/dt = v from noise (t = 1) to data (t = 0), with classifier-free guidance.
 
         v = v_null + w (v_class - v_null)    w = cfg_scale
@@ -33,8 +35,10 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
     class_ids: (B,) int64. noise: (B,3,S,S), standard normal. record, if given, is called with z at
-    the start and after every step. Returns x (B,3,S,S), about -1 to 1 and not clamped. The network
-    runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
+    the start and after every step. renew, if given, is called with z, t and v after every step, and
+    returns the z to go on from: see common.renew_noise. Returns x (B,3,S,S), about -1 to 1 and not
+    clamped. The network runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv
+    2207.12598.
     """
     z = noise
     y = torch.as_tensor(class_ids, device=z.device)
@@ -52,16 +56,19 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
             v = v_null + cfg_scale * (v_class - v_null)
         # An Euler step, against v: t falls by 1/steps, from noise towards data.
         z = z - v / steps
+        if renew:
+            z = renew(z, 1 - (step + 1) / steps, v, 1 / steps)
         if record:
             record(z)
     return z
 
 
-def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, record=None):
+def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, record=None, eta=0):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
     Yields uint8 (b,3,S,S) on the CPU, in the order of class_ids. The default guidance is the
-    model's own. `record` sees every batch.
+    model's own. `record` sees every batch. eta, from 0 to 1: how much fresh noise each step adds;
+    with it, a picture depends on those beside it in the batch.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
@@ -69,11 +76,12 @@ def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, reco
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(seed)
+    renew = functools.partial(common.renew_noise, eta=eta, generator=generator) if eta else None
     for y in class_ids.split(batch_size):
         shape = (len(y), 3, model.image_size, model.image_size)
         noise = torch.randn(shape, generator=generator).to(device)
         with common.autocast(device):
-            x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, record)
+            x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, record, renew)
         yield to_uint8(x)
 
 
@@ -108,7 +116,9 @@ def parse_flags(arguments):
     group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
     text = "classifier-free guidance; 1 disables it (default: the model's own, mostly 3)"
     group.add_argument("--cfg-scale", type=common.parse_finite, metavar="W", help=text)
-    text = "of the initial noise (default: %(default)s)"
+    text = "fresh noise in each step, from 0, none, to 1, as in DDPM (default: %(default)g)"
+    group.add_argument("--eta", type=common.parse_share, default=0, metavar="ETA", help=text)
+    text = "of the noise (default: %(default)s)"
     group.add_argument("--seed", type=common.int_in_range(0), default=0, metavar="N", help=text)
     text = "auto, cuda, mps or cpu (default: %(default)s)"
     group.add_argument("--device", default="auto", metavar="NAME", help=text)
@@ -161,9 +171,10 @@ def main(arguments=None):
     states = []  # of the current batch: its noise, and what every step made of it
     states_per_batch = []
     record = states.append if flags.gif else None
-    few = len(class_ids) <= MAX_BATCH  # too few for a progress bar
-    with tqdm(total=len(class_ids), unit="picture", disable=few) as bar:
-        for batch in generate(model, class_ids, flags.seed, flags.steps, flags.cfg_scale, record):
+    how = (flags.seed, flags.steps, flags.cfg_scale, record, flags.eta)
+    # So few pictures as fit into one batch need no progress bar.
+    with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
+        for batch in generate(model, class_ids, *how):
             for picture in batch:
                 if files:
                     common.save_picture(to_pil_image(picture), files[len(pictures)])

@@ -16,7 +16,6 @@ evaluations: how often the network runs for a picture, 2 a step with guidance. k
 (experiments/score.py) of the samples to pictures that were not trained on.
 """
 
-import math
 import statistics
 import sys
 import zlib
@@ -82,16 +81,9 @@ def integrate(
         v = velocity(z, now)
         if heun and then > 0:  # at t = 0 the velocity is not defined: the last step is Euler's
             v = (v + velocity(z - (now - then) * v, then)) / 2
-        # On the line from x to eps, z = (1-t) x + t eps and v = eps - x.
-        x, eps = z - now * v, z + (1 - now) * v
-        if eta > 0 and then > 0:
-            # With eta = 1, as much as is added between `then` and `now` on the way from data to
-            # noise, which is DDPM's ancestral sampling.
-            kept = (1 - now) * then / ((1 - then) * now)
-            fresh = eta * math.sqrt(1 - kept**2)
-            noise = torch.randn(z.shape, generator=generator)
-            eps = math.sqrt(1 - fresh**2) * eps + fresh * noise
-        z = (1 - then) * x + then * eps  # without fresh noise: z - (now - then) * v
+        z = z - (now - then) * v
+        if eta > 0:
+            z = common.renew_noise(z, then, v, now - then, eta, generator)
     return z, runs
 
 

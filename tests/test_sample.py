@@ -60,14 +60,18 @@ def test_the_seed_guidance_and_steps_decide(trained, tmp_path):
     assert sample("again", "--seed", 0) == first
     assert sample("seed", "--seed", 1) != first
     assert sample("guidance", "--cfg-scale", 1) != first
+    assert sample("no-fresh-noise", "--eta", 0) == first
+    assert sample("fresh-noise", "--eta", 0.5) not in (first, sample("more", "--eta", 1))
+    assert sample("repeated", "--eta", 1) == sample("repeated-again", "--eta", 1)
 
 
 def test_pictures_to_be_compared_have_names_of_their_own(trained, tmp_path):
     (tmp_path / "small").symlink_to(trained / "out")
     few = ["--checkpoint", "small", "--class-id", 2]
-    for flags in (["--steps", 2], ["--steps", 1], ["--steps", 1, "--cfg-scale", 1.5]):
+    more = ["--steps", 1, "--cfg-scale", 1.5, "--eta", 1]
+    for flags in (["--steps", 2], ["--steps", 1], more[:4], more):
         call("sample.py", *few, *flags, cwd=tmp_path)
-    names = ["steps-1-cfg-scale-1.5", "steps-1", "steps-2"]
+    names = ["steps-1-cfg-scale-1.5-eta-1", "steps-1-cfg-scale-1.5", "steps-1", "steps-2"]
     names = [f"class-2-seed-0-small-{name}.png" for name in names]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
 
@@ -153,6 +157,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
         (["--steps", "ten"], ["--steps", "ten is not a number"]),
         (["--num-images", "0"], ["--num-images"]),
         (["--cfg-scale", "nan"], ["--cfg-scale"]),
+        (["--eta", "1.5"], ["--eta", "0 to 1"]),
         (["--seed", "-1"], ["--seed"]),
         (["--class-id", "1", "--class-name", "x"], ["--class-id", "--class-name"]),
         (["--device", "abacus"], ["abacus", "cpu"]),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import refused
+from conftest import ROOT, refused
 
 import sample
 from experiments import sampling
@@ -40,6 +40,16 @@ def test_the_plain_way_is_that_of_sample():
     plain = sample.sample_conditional_cfg(model, y, 7, BASE["scale"], noise)
     torch.testing.assert_close(z, plain, atol=1e-5, rtol=1e-5)
     assert runs == 14
+
+
+def test_fresh_noise_is_that_of_sample():
+    model = DiT.from_pretrained(ROOT / "assets" / "laptop")
+    classes = torch.arange(model.num_classes)
+    pictures = torch.cat(list(sample.generate(model, classes, seed=5, steps=4, eta=0.7)))
+    same, _ = sampling.samples(model, 1, 5, **{**BASE, "steps": 4, "eta": 0.7})
+    assert (pictures.int() - same.int()).abs().float().mean() < 1
+    plain = torch.cat(list(sample.generate(model, classes, seed=5, steps=4)))
+    assert (pictures.int() - plain.int()).abs().float().mean() > 5
 
 
 def test_heun_is_of_second_order_and_euler_of_first():
