@@ -50,6 +50,7 @@ ROWS = {
     "eta 0.5": {"eta": 0.5},
     "eta 1": {"eta": 1.0},
     "eta 1, 50 steps": {"steps": 50, "eta": 1.0},
+    **{f"eta 1, scale {w:g}": {"eta": 1.0, "scale": w} for w in (2.0, 4.0)},
 }
 KEY = ["pictures", "weights", "row", "samples", "seed"]
 COLUMNS = [*KEY, "evaluations", "kid"]
