@@ -45,7 +45,7 @@ def import_gradio():
     return gradio
 
 
-def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
+def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed, eta=0):
     """Yield a PIL image with all the pictures: first the noise, then the result of each step.
 
     sample.generate() reports its steps to a function. So it runs in a thread, which puts the states
@@ -62,7 +62,7 @@ def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed):
     def run():
         class_ids = torch.full((num_images,), class_id)
         try:
-            for _ in sample.generate(model, class_ids, seed, steps, cfg_scale, record):
+            for _ in sample.generate(model, class_ids, seed, steps, cfg_scale, record, eta):
                 pass
             states.put(None)
         except Exception as error:
@@ -87,11 +87,12 @@ def enlarged(grid, image_size):
     return grid.resize(size, Image.Resampling.NEAREST)
 
 
-def command(checkpoint, class_id, num_images, steps, cfg_scale, seed):
+def command(checkpoint, class_id, num_images, steps, cfg_scale, seed, eta=0):
     """The command line that makes the same pictures."""
     return (
         f"python sample.py --checkpoint {shlex.quote(str(checkpoint))} --class-id {class_id} "
         f"--num-images {num_images} --steps {steps} --cfg-scale {cfg_scale:g} --seed {seed}"
+        + (f" --eta {eta:g}" if eta > 0 else "")
     )
 
 
@@ -99,9 +100,9 @@ def build_page(model, checkpoint):
     """The page, as a gradio Blocks."""
     gradio = import_gradio()
 
-    def on_click(class_id, num_images, steps, cfg_scale, seed):
+    def on_click(class_id, num_images, steps, cfg_scale, seed, eta):
         seed = seed or 0  # the field may be empty
-        settings = int(class_id), int(num_images), int(steps), float(cfg_scale), int(seed)
+        settings = int(class_id), int(num_images), int(steps), float(cfg_scale), int(seed), eta
         line = command(checkpoint, *settings)
         for grid in grids_on_the_way(model, *settings):
             yield enlarged(grid, model.image_size), line
@@ -116,6 +117,7 @@ def build_page(model, checkpoint):
                 class_menu = gradio.Dropdown(choices, value=0, label="class")
                 low, high = min(1, model.cfg_scale), max(8, model.cfg_scale)
                 guidance = gradio.Slider(low, high, model.cfg_scale, step=0.1, label="guidance")
+                fresh = gradio.Slider(0, 1, 0, step=0.1, label="fresh noise in each step")
                 steps = gradio.Slider(1, 100, sample.DEFAULT_STEPS, step=1, label="Euler steps")
                 count = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="pictures")
                 seed = gradio.Number(0, label="seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -127,7 +129,7 @@ def build_page(model, checkpoint):
                 )
         # The button rests while pictures come, and is back after an error, too.
         busy = button.click(lambda: gradio.Button(interactive=False), None, button)
-        done = busy.then(on_click, [class_menu, count, steps, guidance, seed], [grid, line])
+        done = busy.then(on_click, [class_menu, count, steps, guidance, seed, fresh], [grid, line])
         done.then(lambda: gradio.Button(interactive=True), None, button)
     return page
 

@@ -48,12 +48,11 @@ def test_sampling_ends_when_nobody_looks_any_more():
 
 def test_the_command_can_be_pasted(tmp_path):
     (tmp_path / "my network").symlink_to(LAPTOP)
-    line = command("my network", 3, num_images=1, steps=2, cfg_scale=1.0, seed=4)
+    line = command("my network", 3, num_images=1, steps=2, cfg_scale=1.0, seed=4, eta=0.5)
     assert shlex.split(line)[:2] == ["python", "sample.py"]
     call("sample.py", *shlex.split(line)[2:], cwd=tmp_path)
-    assert (
-        tmp_path / "samples" / "class-3-seed-4-my-network-images-1-steps-2-cfg-scale-1.png"
-    ).exists()
+    (grid,) = (tmp_path / "samples").iterdir()
+    assert grid.name == "class-3-seed-4-my-network-images-1-steps-2-cfg-scale-1-eta-0.5.png"
 
 
 def free_port():
@@ -127,5 +126,9 @@ def test_the_page_samples_what_is_chosen(page):
     text = page.locator(".cm-content").inner_text()
     assert "--class-id 74 " in text and "--num-images 4" in text and "--seed 0" in text
     page.get_by_label("seed", exact=True).fill("5")
-    assert not torch.equal(sampled(page), other_class)
+    other_seed = sampled(page)
+    assert not torch.equal(other_seed, other_class)
     assert "--seed 5" in page.locator(".cm-content").inner_text()
+    page.get_by_label("number input for fresh noise in each step").fill("1")
+    assert not torch.equal(sampled(page), other_seed)
+    assert "--seed 5 --eta 1" in page.locator(".cm-content").inner_text()
