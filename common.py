@@ -613,18 +613,17 @@ def find_class(name, class_names):
 
 
 def renew_noise(z, t, v, dt, eta, generator):
-    """Replace part of the noise in z_t by fresh noise, after a step of length dt along the velocity
-    v. Errors of the steps before fade with the noise that they were in.
+    """Replace part of the noise in z_t by fresh noise, after an Euler step from t + dt to t by the
+    velocity v. This also washes out errors of earlier steps.
 
-    With eta = 0 all noise is kept; with 1, as much is replaced as is added between t and t + dt on
-    the way from data to noise, which is the ancestral sampling of DDPM. Song et al. 2020 (DDIM),
-    arXiv 2010.02502.
+    eta = 0 keeps all noise. eta = 1 replaces as much as going from t to t + dt would, from data
+    towards noise: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv 2010.02502.
     """
     eps = z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
-    kept = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of eps, by adding that much
-    fresh = eta * math.sqrt(1 - kept**2)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * noise - eps)
+    correlation = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of the noise at t and at t + dt
+    fresh = eta * math.sqrt(1 - correlation**2)
+    new_eps = torch.randn(z.shape, generator=generator).to(z.device)
+    return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * new_eps - eps)
 
 
 def name_grid(flags, class_ids, default_steps):

@@ -4,7 +4,7 @@
     python sample.py --class-id 3                   # four pictures of class 3
     python sample.py --class-name MONARCH "RED ADMIRAL" --num-images 8    # a row of eight for each
     python sample.py --class-id 3 --gif             # also an animation, from noise to pictures
-    python sample.py --eta 1                        # with fresh noise in each step: better shapes
+    python sample.py --eta 1                        # fresh noise in each step, for better shapes
     python sample.py --checkpoint you/butterflies   # a model from the Hub
 
 Prints the path of each file that it writes.
@@ -35,10 +35,10 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
     class_ids: (B,) int64. noise: (B,3,S,S), standard normal. record, if given, is called with z at
-    the start and after every step. renew, if given, is called with z, t and v after every step, and
-    returns the z to go on from: see common.renew_noise. Returns x (B,3,S,S), about -1 to 1 and not
-    clamped. The network runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv
-    2207.12598.
+    the start and after every step. renew, if given, is called after every step with z, t, the v
+    that led there and 1/steps, and returns the z to continue from: see common.renew_noise. Returns
+    x (B,3,S,S), about -1 to 1 and not clamped. The network runs once per step, on 2B pictures (B if
+    w = 1). Ho & Salimans 2022, arXiv 2207.12598.
     """
     z = noise
     y = torch.as_tensor(class_ids, device=z.device)
@@ -67,8 +67,8 @@ def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, reco
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
     Yields uint8 (b,3,S,S) on the CPU, in the order of class_ids. The default guidance is the
-    model's own. `record` sees every batch. eta, from 0 to 1: how much fresh noise each step adds;
-    with it, a picture depends on those beside it in the batch.
+    model's own. `record` sees every batch. eta, from 0 to 1: how much of the noise each step
+    renews; above 0, the pictures also depend on how many are sampled together.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
@@ -172,7 +172,7 @@ def main(arguments=None):
     states_per_batch = []
     record = states.append if flags.gif else None
     how = (flags.seed, flags.steps, flags.cfg_scale, record, flags.eta)
-    # So few pictures as fit into one batch need no progress bar.
+    # No progress bar if everything fits into one batch.
     with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
         for batch in generate(model, class_ids, *how):
             for picture in batch:
