@@ -109,7 +109,7 @@ def test_sampling_averaging_and_validation_run_on_cuda(fake_cuda):
     for scale in (1, 3.0):
         z = sample.sample_conditional_cfg(model, y, 3, scale, noise)
         assert z.device.type == "cuda" and z.dtype == torch.float32
-    (pictures,) = sample.generate(model, torch.tensor([0, 1]), steps=2)
+    (pictures,) = sample.generate(model, torch.tensor([0, 1]), steps=2, eta=1)
     assert pictures.device.type == "cpu" and pictures.dtype == torch.uint8
     with torch.device("cuda"):
         ema = DiT(**SIZES, class_names=["a", "b"])
