@@ -57,7 +57,6 @@ GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below a
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")
 
-# CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is what they share.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -77,12 +76,16 @@ def run_command(main, if_out_of_memory="close other programs"):
         sys.exit(130)
     except UserError as error:
         exit_with_error(str(error))
-    except MemoryError:
-        exit_with_error(f"out of memory: {if_out_of_memory}")
-    except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        exit_with_error(f"out of memory: {if_out_of_memory} ({error})")
+        exit_with_error(f"out of memory: {if_out_of_memory} ({str(error) or 'MemoryError'})")
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out. CUDA raises a subclass of RuntimeError, MPS
+    and CPUs a plain one: its text is what they share."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 class QuietStream:
@@ -427,9 +430,9 @@ def stop_signals():
         again = len(received) > 0
         received.append(number)
         if not again:
-            message = "\nstopping after this step; press Ctrl-C again to stop now, without saving\n"
+            then = "" if torchrun else "; press Ctrl-C again to stop now, without saving"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, message.encode())
+                os.write(2, f"\nstopping after this step{then}\n".encode())
         elif number == signal.SIGINT and not torchrun:
             raise KeyboardInterrupt
 
@@ -655,10 +658,11 @@ def prepare_files(directory, class_names, class_ids):
     for class_id in class_ids.tolist():
         file = directory / folders[class_id] / f"{counts[class_id]}.png"
         counts[class_id] += 1
-        if file.exists():
+        if os.path.exists(file):
             raise UserError(f"{file} exists: choose a new folder for --save-images")
-        make_folder(file.parent)
         files.append(file)
+    for file in files:
+        make_folder(file.parent)
     return files
 
 
@@ -748,12 +752,14 @@ def load_model(checkpoint):
     """The model in a folder, such as "out", or at a Hub id, such as "you/butterflies", ready to
     sample from. Raises UserError if there is none, or if its files are damaged."""
     folder = Path(os.path.expanduser(checkpoint))
-    if not os.path.isdir(folder) and "/" in str(checkpoint):
+    hint = "run `python train.py` to make one in out"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)) and not os.path.exists(folder):
+        hint = "its repository on the Hub has no config.json"
         files = ["config.json", "model.safetensors"]
         folder = download(str(checkpoint), f"no model at {checkpoint}", allow_patterns=files)
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     if not os.path.isfile(config_file):
-        raise UserError(f"no model in {checkpoint}: run `python train.py` to make one in out")
+        raise UserError(f"no model in {checkpoint}: {hint}")
 
     try:
         config = json.loads(config_file.read_text("utf-8"))
@@ -772,13 +778,15 @@ def load_model(checkpoint):
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {weights_file}: {error}") from error
     except RuntimeError as error:  # of load_state_dict: other names or shapes
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{weights_file} does not fit config.json: {str(error)[:200]}") from error
     return model.eval()
 
 
 def check_holds_no_run(folder):
     """Raise UserError if the folder holds what a training has written."""
-    if any((folder / name).exists() for name in (*CHECKPOINT_FILES, "log.csv")):
+    if any(os.path.exists(folder / name) for name in (*CHECKPOINT_FILES, "log.csv")):
         raise UserError(f"{folder} holds a run: use --resume, --overwrite, or another --out-dir")
 
 
@@ -815,6 +823,8 @@ def load_state(path):
         if missing:
             raise ValueError(f"{missing} is not in it")
     except UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--resume: {path} is missing, damaged, or no state of a run: leave out --resume, or "
             f"name another --out-dir ({error})"
@@ -837,6 +847,8 @@ def restore_state(state, model, ema, optimizer, pictures):
             old |= {name: value for name, value in new.items() if name != "params"}
         optimizer.load_state_dict(state["optimizer"])
     except UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
         message = f"--resume: train_state.pt does not fit model.py: {str(error)[:200]}"
         raise UserError(message) from error
     before = state.get("pictures", pictures)

@@ -7,7 +7,7 @@
     python sample.py --eta 1                        # fresh noise in each step, for better shapes
     python sample.py --checkpoint you/butterflies   # a model from the Hub
 
-Prints the path of each file that it writes.
+Prints the paths of the grid and of the animation.
 """
 
 import functools
@@ -114,11 +114,11 @@ def parse_flags(arguments):
     group.add_argument("--checkpoint", default="out", metavar="MODEL", help=text)
     text = "Euler steps (default: %(default)s)"
     group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
-    text = "classifier-free guidance; 1 disables it (default: the model's own, mostly 3)"
+    text = "classifier-free guidance; 1 disables it (default: the model's own, usually 3)"
     group.add_argument("--cfg-scale", type=common.parse_finite, metavar="W", help=text)
-    text = "fresh noise in each step, from 0, none, to 1, as in DDPM (default: %(default)g)"
+    text = "fresh noise in each step: from 0 for none to 1 as in DDPM (default: %(default)g)"
     group.add_argument("--eta", type=common.parse_share, default=0, metavar="ETA", help=text)
-    text = "of the noise (default: %(default)s)"
+    text = "seed of the noise (default: %(default)s)"
     group.add_argument("--seed", type=common.int_in_range(0), default=0, metavar="N", help=text)
     text = "auto, cuda, mps or cpu (default: %(default)s)"
     group.add_argument("--device", default="auto", metavar="NAME", help=text)
@@ -172,7 +172,7 @@ def main(arguments=None):
     states_per_batch = []
     record = states.append if flags.gif else None
     how = (flags.seed, flags.steps, flags.cfg_scale, record, flags.eta)
-    # No progress bar if everything fits into one batch.
+    # A few pictures need no progress bar.
     with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
         for batch in generate(model, class_ids, *how):
             for picture in batch:

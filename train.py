@@ -54,7 +54,7 @@ CONV_DIM = 0  # channels of convolutions around the blocks, for finer detail; 0 
 # --- optimizer ---
 STEPS = 12000  # optimizer steps of the whole run
 BATCH_SIZE = 256  # pictures per step, over all GPUs
-LEARNING_RATE = 4e-4  # peak learning rate of AdamW; smaller networks take a higher one
+LEARNING_RATE = 4e-4  # peak learning rate of AdamW; smaller networks allow a higher one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
 LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
@@ -74,7 +74,7 @@ T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 # --- system ---
 SEED = 0  # seeds all random numbers
 DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
-PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the device computes in it; grids are always auto
+PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the hardware supports it; grids are always auto
 COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
 
 # Every upper-case bool, int, float or str above, including any that you add, is a setting: it gets
@@ -85,6 +85,7 @@ SETTINGS = {
     if name.isupper() and name not in imported and isinstance(value, (bool, int, float, str))
 }
 
+# Presets: they win over edits of the constants above, and flags win over both.
 LAPTOP = {  # the drawn butterflies, and a network that two CPU cores train in three minutes
     "DATASET": "drawn",
     "PATCH_SIZE": 8,
@@ -108,7 +109,7 @@ SMALL = {  # photographs, and a network that two CPU cores train in 134 minutes
 }
 PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
-# What DiT() is called with: a setting of yours that it should have goes here, too.
+# The settings that are arguments of DiT(): if you give it a new one, add the constant here.
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
 
@@ -125,6 +126,8 @@ def rectified_flow_loss(model, x, y, t, noise):
 
     model: any callable (z, t, y) -> v. x, noise: (B,3,S,S), the pictures in [-1, 1]. y: (B,) class
     ids. t: (B,) in (0, 1]: near 0 data, and at 1 noise. Liu et al. 2022, arXiv 2209.03003.
+
+    If you change it, keep it a mean over the batch. The held-out loss is computed by it, too.
     """
     t_ = t[:, None, None, None]
     z_t = (1 - t_) * x + t_ * noise
@@ -158,8 +161,8 @@ def random_batch(images, labels, num_classes, step):
 
 
 def micro_batches(batch, rank, world_size):
-    """What one process trains on of a batch, the same in all processes: its slice, cut into
-    ACCUMULATE parts. A list of (x, y, t, noise)."""
+    """The share of one process in a batch, which all of them have drawn alike, cut into ACCUMULATE
+    parts: a list of (x, y, t, noise)."""
     slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
     return list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
 
@@ -197,7 +200,7 @@ def update_ema(ema, model, step):
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
-    for buffer, newest in zip(ema.buffers(), model.buffers()):  # of layers you may add
+    for buffer, newest in zip(ema.buffers(), model.buffers()):  # of a batch norm, if you add one
         buffer.copy_(newest)
 
 
@@ -289,7 +292,7 @@ def train(options, flags):
     common.expand_home(globals(), "DATASET")
     common.check_settings(globals())
     if state and state["step"] >= STEPS:
-        print(f"the run in {out} is finished, after {state['step']} steps; raise --steps for more")
+        common.print_once(f"the run in {out} is finished; raise --steps above {state['step']}")
         return
     if not state and "overwrite" not in options:
         common.check_holds_no_run(out)
@@ -355,7 +358,7 @@ def train(options, flags):
         for step in range(steps_done + 1, STEPS + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step)
-            # For layers that you may add, such as dropout. The hash of numbers is always the same.
+            # For layers that you may add, such as dropout. (Python randomises only hashes of text.)
             torch.manual_seed(hash((SEED, step, rank)))
 
             # The gradients of the parts, in all processes, add up to that of the whole batch.
@@ -436,7 +439,7 @@ def train(options, flags):
         dist.destroy_process_group()
     if stop:
         then = f"continue with --resume --out-dir {out}"
-        print(f"stopped at step {step} and saved in {out}: {then}", file=sys.stderr)
+        common.print_once(f"stopped at step {step} and saved in {out}: {then}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:
         print(f"trained in {seconds / 60:.1f} minutes: see {out}")

@@ -1,5 +1,6 @@
 """What goes wrong around a run, provoked for real: nothing is lost, one line says what to do."""
 
+import copy
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from PIL import Image
 from test_train import assert_same_run, rows, state
 
 import train
-from common import load_model, load_state, run_command
+from common import load_model, load_state, restore_state, run_command
 from model import DiT, UserError
 
 KILLS = int(os.environ.get("NANODIT_KILLS", 3))  # the long form: 20
@@ -360,6 +361,18 @@ def test_out_of_memory_names_what_to_set(capsys, error):
     (line,) = capsys.readouterr().err.splitlines()
     assert "BATCH_SIZE" in line and "ACCUMULATE" in line
     assert "9 GiB" in line or isinstance(error, MemoryError)
+
+
+class AdamWOnAFullGPU(torch.optim.AdamW):
+    def load_state_dict(self, state_dict):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+
+def test_a_run_that_does_not_fit_into_memory_is_not_called_damaged(trained):
+    model = DiT.from_pretrained(trained / "out")
+    optimizer = AdamWOnAFullGPU(model.parameters())
+    with pytest.raises(torch.OutOfMemoryError):  # which becomes the line of the test above
+        restore_state(state(trained / "out"), model, copy.deepcopy(model), optimizer, [])
 
 
 def test_a_batch_too_large_for_the_memory_is_one_line(pictures, tmp_path):

@@ -101,8 +101,9 @@ def test_all_processes_end_together(pictures, tmp_path, name):
     assert time.monotonic() - begin < 60 and not workers(out)
     stopped = state(out)["step"]
     assert stopped >= 28
-    if number != signal.SIGKILL:  # both end their step and stop
-        assert err.count(f"stopped at step {stopped} ") == 2 and "--resume" in err
+    if number != signal.SIGKILL:  # both end their step and stop, and one says so
+        assert err.count(f"stopped at step {stopped} ") == 1 and "--resume" in err
+        assert "Ctrl-C again" not in err  # torchrun passes each signal on, so that would not work
     more = ["--resume", "--steps", stopped + 2, "--out-dir", out]
     call("train.py", *more, cwd=tmp_path)
     assert state(out)["step"] == stopped + 2

@@ -1,5 +1,6 @@
 """sample.py as a user calls it: pictures, names, files, and refusals."""
 
+import shutil
 import sys
 import unicodedata
 
@@ -90,9 +91,10 @@ def test_single_files_and_none_written_over(trained, tmp_path):
     grid = opened(tmp_path / "grid.png")
     assert opened(folder / NAMES[1] / "1.png").tobytes() == grid.crop((20, 20, 36, 36)).tobytes()
     (tmp_path / "grid.png").unlink()
+    shutil.rmtree(folder / NAMES[0])
     line = refused("sample.py", *flags, "--seed", 5, cwd=trained)
     assert "0.png" in line and "--save-images" in line
-    assert not (tmp_path / "grid.png").exists()
+    assert not (tmp_path / "grid.png").exists() and not (folder / NAMES[0]).exists()
 
 
 def test_a_gif_of_many_pictures_stays_below_three_megabytes(tmp_path):
@@ -167,6 +169,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
         pytest.param(["--output", "/proc/nowhere/x.png"], ["/proc/nowhere"], marks=LINUX),
         (["--checkpoint", "nowhere"], ["nowhere", "python train.py"]),
         (["--checkpoint", "."], ["python train.py"]),
+        (["--checkpoint", "./nowhere/out"], ["no model in ./nowhere/out", "python train.py"]),
+        (["--checkpoint", __file__], [f"no model in {__file__}", "python train.py"]),
     ],
 )
 def test_what_cannot_be_is_one_line_and_status_2(trained, flags, words):
