@@ -178,6 +178,13 @@ def test_a_model_that_the_hub_does_not_have(tmp_path):
     assert "someone/nothing" in line
 
 
+def test_a_repository_on_the_hub_without_a_model(pictures, tmp_path):
+    with Hub({"someone/pictures": pictures}) as hub:
+        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+        line = refused("sample.py", "--checkpoint", "someone/pictures", cwd=tmp_path, **extra)
+    assert "no model in someone/pictures" in line and "config.json" in line
+
+
 PUSH = "import sys; sys.path.insert(0, sys.argv[1]); from model import DiT; "
 PUSH += "DiT.from_pretrained('out').push_to_hub('you/butterflies', token='hf_secret')"
 
