@@ -67,7 +67,7 @@ def last_grid(run):
 
 def whole_rows(log):
     """The rows {column: text} of a log.csv, but for one that was cut short, as on a full disk."""
-    with open(log, encoding="utf-8") as file:
+    with open(log, encoding="utf-8", errors="replace") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
@@ -90,7 +90,7 @@ def complete(folder, run):
     """Add to the saved model in `folder` the newest grid of its run, if there is one, where the
     card shows it; and permissions, as safetensors lets only the owner read the weights."""
     grid, copy = last_grid(run), Path(folder, "grid.png").resolve()
-    if grid is not None and grid != copy:
+    if grid is not None and grid.resolve() != copy:
         shutil.copyfile(grid, copy)
     umask = os.umask(0)  # it can only be read by setting it
     os.umask(umask)

@@ -150,6 +150,10 @@ def main():
         parser.error("--images-per-class and --image-size must be at least 1")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(f"{args.folder} is not an empty folder: name a new one")
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make the folder {args.folder}: {error}")
 
     images, labels, names = draw_butterflies(args.images_per_class, args.image_size, args.seed)
     for i, (image, label) in enumerate(zip(images, labels.tolist())):

@@ -72,6 +72,7 @@ def find_classes(folder, passed_over):
     if split:
         train, others = split
         pass_over_splits(train, others, passed_over)
+        pass_over_files(files, "pictures beside the splits", passed_over)
         classes, source = find_classes(train, passed_over)
         return classes, f"{source}, the split for training"
 
@@ -79,12 +80,17 @@ def find_classes(folder, passed_over):
         if holds_documents(entry):
             folders.remove(entry)
             passed_over[f"folder of documents ({entry.name})"] += 1
-    if len(folders) == 1 and not pictures and is_wrapper(folders[0]):
-        return find_classes(folders[0], passed_over)
+    if len(folders) == 1 and is_wrapper(folders[0]):
+        inside = pictures_among(files_below(folders[0], Counter()))
+        if len(pictures) < max(1, len(inside)):
+            pass_over_files(files, f"pictures beside the folder {folders[0].name}", passed_over)
+            return find_classes(folders[0], passed_over)
 
     classes = {entry.name: files_of_class(entry, passed_over) for entry in folders}
     in_folders = sum(len(pictures_among(paths)) for paths in classes.values())
     if not classes or (pictures and in_folders == 0):
+        for path in sum(classes.values(), []):
+            passed_over[suffix(path)] += 1
         return {folder.resolve().name: files}, str(folder)
     if len(pictures) >= max(1, in_folders):
         names = ", ".join(sorted(classes)[:3]) + (", ..." if len(classes) > 3 else "")
@@ -92,10 +98,14 @@ def find_classes(folder, passed_over):
             f"{folder} has {len(pictures)} pictures beside the folder {names}: put all of them "
             "into folders, one per class, or all of them into one folder"
         )
-    for path in files:
-        is_picture = suffix(path) in PICTURE_SUFFIXES
-        passed_over["pictures beside the class folders" if is_picture else suffix(path)] += 1
+    pass_over_files(files, "pictures beside the class folders", passed_over)
     return classes, str(folder)
+
+
+def pass_over_files(files, kind, passed_over):
+    """Count files that are not used: pictures as of that kind, others by their suffix."""
+    for path in files:
+        passed_over[kind if suffix(path) in PICTURE_SUFFIXES else suffix(path)] += 1
 
 
 def words_of(name):
@@ -117,14 +127,18 @@ def split_of(name):
 
 def find_split(folders):
     """(the folder for training, the others), if some of the folders are called as splits are: train
-    beside test, or seg_train beside seg_test. Otherwise None."""
+    beside test, or seg_train beside seg_test. Otherwise None. Raises UserError if several could be
+    the one for training."""
     splits = {entry: split_of(entry.name) for entry in folders}
     rests = [split[1] for split in splits.values() if split and split[0] == "test"]
     train = [entry for entry in folders if splits[entry] in [("train", rest) for rest in rests]]
-    if len(train) > 1:  # train_masks, perhaps, beside train
-        train = [entry for entry in train if splits[entry] == ("train", ())]
-    if len(train) != 1:
+    if not train:
         return None
+    if len(train) > 1:
+        names = ", ".join(entry.name for entry in train)
+        train = [entry for entry in train if splits[entry] == ("train", ())]  # beside train_masks
+        if len(train) != 1:
+            raise UserError(f"which is for training, {names}? Keep one, or name it as --dataset")
     return train[0], [entry for entry in folders if entry != train[0]]
 
 
@@ -143,7 +157,7 @@ def files_of_class(folder, passed_over):
         return files_below(folder, passed_over)
     train, others = split
     pass_over_splits(train, others, passed_over)
-    return sorted(files + files_below(train, passed_over))
+    return sorted_paths(files + files_below(train, passed_over))
 
 
 def holds_documents(folder):
@@ -177,13 +191,13 @@ def list_folder(folder, passed_over):
     """The folders and the files in a folder, both sorted, except for what is hidden or was made by
     the system or by a training run."""
     folders, files = [], []
-    for entry in sorted(folder.iterdir()):
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):  # case counts everywhere
         if entry.name.startswith("."):
             continue
         if entry.is_file():
             files.append(entry)
-        elif not entry.is_dir():  # a broken link
-            continue
+        elif not entry.is_dir():
+            passed_over["broken links"] += 1
         elif entry.name.casefold() in SYSTEM_FOLDERS:
             passed_over[f"system folder ({entry.name})"] += 1
         elif is_run_folder(entry):
@@ -198,10 +212,11 @@ def is_run_folder(folder):
     if any((folder / name).exists() for name in RUN_FILES):
         return True
     if folder.name == "samples":
-        return any(folder.glob("class-*-seed-*.png"))
+        return any(folder.glob("class-*-seed-*.png")) or any(folder.glob("step-*.png"))
     # A run that has just begun has an empty folder for its samples.
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return [entry.name for entry in entries] == ["samples"] and not any(entries[0].iterdir())
+    only_samples = [entry.name for entry in entries] == ["samples"] and entries[0].is_dir()
+    return only_samples and not any(entries[0].iterdir())
 
 
 def files_below(folder, passed_over, parents=()):
@@ -212,7 +227,12 @@ def files_below(folder, passed_over, parents=()):
     for entry in folders:
         if entry.resolve() not in parents:
             files += files_below(entry, passed_over, parents)
-    return sorted(files)
+    return sorted_paths(files)
+
+
+def sorted_paths(paths):
+    """Paths in the same order on every machine: on Windows, sorted() would ignore case."""
+    return sorted(paths, key=lambda path: path.parts)
 
 
 # Labels in a table
@@ -229,12 +249,15 @@ def classes_from_table(folder, passed_over):
     if not labels:
         return None
     pictures = pictures_among(files_below(folder, Counter()))
-    label_of, missing = match_labels(labels, pictures, folder)
+    split = splits_by_path(pictures, folder)
+    label_of, missing = match_labels(labels, pictures, split, folder)
     if not label_of and len({path.parent for path in pictures}) == 1:
         named = next(iter(labels))
         raise UserError(f"{table} labels {named} and others, but none of the pictures here")
     if not label_of or (missing > len(label_of) and len(class_folders(pictures)) > 1):
         return None  # a list of something else, such as of the classes
+    if "train" in split.values() and all(split.get(path) == "test" for path in label_of):
+        return None  # what is trained on has its labels elsewhere
     if len(class_folders(label_of)) > 1:
         pairs = [(path.parent.name, label) for path, label in label_of.items() if label]
         if all(plain(name) == plain(label) for name, label in pairs):
@@ -246,8 +269,8 @@ def classes_from_table(folder, passed_over):
     passed_over[f"rows of {table.name} that name no picture"] += missing
     others = len(pictures) - len(label_of)
     passed_over[f"pictures elsewhere than those that {table.name} labels"] += others
-    if any(is_in_split(path, folder, "train") for path in label_of):
-        for path in [path for path in label_of if is_in_split(path, folder, "test")]:
+    if any(split.get(path) == "train" for path in label_of):
+        for path in [path for path in label_of if split.get(path) == "test"]:
             del label_of[path]
             passed_over[f"pictures that {table.name} labels, but not for training"] += 1
     doubtful = [path for path, label in label_of.items() if not label]
@@ -263,8 +286,8 @@ def classes_from_table(folder, passed_over):
         )
 
     classes = {}
-    for path, label in sorted(label_of.items()):
-        classes.setdefault(label, []).append(path)
+    for path in sorted_paths(label_of):
+        classes.setdefault(label_of[path], []).append(path)
     return classes, f"{folder}, labelled by {table.name}"
 
 
@@ -290,9 +313,10 @@ def find_table(folder):
     return next(iter(tables.items()), (None, {}))
 
 
-def match_labels(labels, pictures, folder):
+def match_labels(labels, pictures, split, folder):
     """{path: label} of those pictures that the {file: label} of a table name, where the label is
-    None if rows contradict each other; and how many rows name none of them."""
+    None if rows contradict each other; and how many rows name none of them. split: as
+    splits_by_path returns it."""
     # A table may name train/fish/1.jpg so, or fish/1.jpg, 1.jpg or 1; or by a path elsewhere that
     # ends like one of these.
     paths_by_name = {}
@@ -311,7 +335,7 @@ def match_labels(labels, pictures, folder):
         for start in range(len(parts)):
             found = paths_by_name.get(str(PurePosixPath(*parts[start:])), [])
             if len(found) > 1:  # the same name in several splits
-                found = [path for path in found if is_in_split(path, folder, "train")]
+                found = [path for path in found if split.get(path) == "train"]
             if found:
                 break
         if len(found) != 1:
@@ -332,9 +356,21 @@ def plain(name):
     return " ".join(words_of(name))
 
 
-def is_in_split(path, folder, split):
-    """Whether a path below the folder leads through a split of this kind, "train" or "test"."""
-    return any(split_of(part) == (split, ()) for part in path.relative_to(folder).parts[:-1])
+def splits_by_path(paths, folder):
+    """{path: "train" or "test"} of the paths below the folder that lead through a split: through
+    train or test, or through one of a pair such as train_images and test_images."""
+    splits = {}  # of each path
+    for path in paths:
+        parts = path.relative_to(folder).parts[:-1]
+        splits[path] = [split for split in map(split_of, parts) if split]
+    seen = {split for found in splits.values() for split in found}
+    paired = {rest for _, rest in seen if {("train", rest), ("test", rest)} <= seen}
+    return {
+        path: kind
+        for path, found in splits.items()
+        for kind, rest in found
+        if rest == () or rest in paired
+    }
 
 
 def read_table(path):
@@ -347,7 +383,7 @@ def read_table(path):
     columns = {}
     for column in rows[0] if rows else []:
         if column is not None:  # which stands for cells beyond the last column
-            columns[column.casefold().replace("_", "").replace(" ", "")] = column
+            columns[plain_column(column)] = column
     files = [columns[name] for name in FILE_COLUMNS if name in columns]
     labels = [columns[name] for name in LABEL_COLUMNS if name in columns]
     if files and not labels and len(columns) == 2:
@@ -381,6 +417,11 @@ def read_rows(path):
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+
+
+def plain_column(column):
+    """The name of a column as it is compared: File Name and file_name are the same."""
+    return column.casefold().replace("_", "").replace(" ", "")
 
 
 def look_like_classes(values):

@@ -10,6 +10,8 @@ and what was skipped is reported.
 import io
 import struct
 import sys
+import tarfile
+import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -30,6 +32,7 @@ from data.folders import (
     find_split,
     look_like_classes,
     pictures_among,
+    plain_column,
     split_of,
     suffix,
 )
@@ -242,14 +245,16 @@ def load_snapshot(folder, name, image_size):
 
 
 def is_packed(files):
-    """Whether the pictures of a data set are inside other files. A few pictures beside parquet
-    files are documentation."""
+    """Whether the pictures of a data set are inside other files. A few pictures beside these are
+    documentation."""
     pictures = pictures_among(files)
     parquet = [file for file in files if suffix(file) == ".parquet"]
     if parquet:
         return len(pictures) < 10 * len(parquet)
-    suffixes = {suffix(file) for file in files}
-    return not pictures and not suffixes & PLUG_INS.keys() and not suffixes.isdisjoint(PACKED)
+    if any(suffix(file) in PLUG_INS for file in files):
+        return False
+    archives = [file for file in files if suffix(file) in PACKED]
+    return 0 < len(archives) >= len(pictures)
 
 
 def load_with_datasets(name, image_size):
@@ -263,7 +268,9 @@ def load_with_datasets(name, image_size):
         raise UserError(message) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    broken_archive = (tarfile.TarError, zipfile.BadZipFile)
     problems = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
+    problems += broken_archive
     try:
         builder = datasets.load_dataset_builder(name)
         files = (builder.config.data_files or {}).get("train", [])
@@ -298,7 +305,7 @@ def load_with_datasets(name, image_size):
             try:
                 with fsspec.open(image["path"]) as file:
                     content = file.read()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, *broken_archive) as error:
                 raise UserError(f"cannot read {image['path']} of {name}: {error}") from error
         return read_picture(io.BytesIO(content), image_size)
 
@@ -307,7 +314,7 @@ def load_with_datasets(name, image_size):
     used = {labels[row] for row in kept}
     if len(kept) < len(pictures):
         skipped = len(pictures) - len(kept)
-        print_once(f"skipped {skipped} rows without a picture or a label", file=sys.stderr)
+        print_once(f"skipped {skipped} rows without a readable picture or a label", file=sys.stderr)
     if not kept:
         raise UserError(f"no picture of {name} can be read")
     if isinstance(features.get(label_column), datasets.ClassLabel):
@@ -327,6 +334,7 @@ def find_label_column(datasets, dataset):
     as captions do not. And the class names in it, row by row, where None is no label. (None, None)
     without such a column.
     """
+    known = (*LABEL_COLUMNS, "cls")
     named, strings = [], []
     for column, kind in dataset.features.items():
         if isinstance(kind, datasets.ClassLabel):
@@ -335,10 +343,11 @@ def find_label_column(datasets, dataset):
         dtype = kind.dtype if isinstance(kind, datasets.Value) else ""
         is_string = dtype in ("string", "large_string")
         is_whole = dtype.startswith(("int", "uint"))
-        if column.casefold() in (*LABEL_COLUMNS, "cls") and (is_string or is_whole):
+        if plain_column(column) in known and (is_string or is_whole):
             named.append(column)
         elif is_string and not column.startswith("__"):  # a WebDataset's own, such as __url__
             strings.append(column)
+    named.sort(key=lambda column: known.index(plain_column(column)))
     for column in named + strings:
         values = dataset[column][:]
         if look_like_classes(values):

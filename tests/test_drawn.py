@@ -51,3 +51,5 @@ def test_the_script_writes_a_folder_that_reads_back_the_same(tmp_path):
     assert names == expected[2]
     script = "data/drawn.py"
     assert "not an empty folder" in refused(script, tmp_path / "drawn", cwd=tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    assert "notes.txt" in refused(script, tmp_path / "notes.txt" / "drawn", cwd=tmp_path)

@@ -72,6 +72,13 @@ def test_classes_that_are_called_like_splits_are_classes(tmp_path):
     assert classes(tmp_path) == {"dev_board": 2, "steam_train": 2, "test_tube": 2}
 
 
+def test_pictures_and_masks_for_training_are_two_readings(tmp_path):
+    for name in ("train_images", "train_masks", "test_images", "test_masks"):
+        save(tmp_path / name / "0.png")
+    with pytest.raises(UserError, match="train_images, train_masks"):
+        load_images(tmp_path, 16)
+
+
 def test_splits_inside_of_the_classes(tmp_path, capsys):
     tree(tmp_path, ["fish/train", "fish/test", "star/train", "star/test"])
     save(tmp_path / "star" / "loose.png")
@@ -114,6 +121,17 @@ def test_a_folder_around_it_all_is_no_class(tmp_path, wrapper):
     assert classes(tmp_path) == {"fish": 2, "star": 2}
 
 
+@pytest.mark.parametrize("folders", [["Pets"], ["data/train", "data/test"], ["train", "test"]])
+def test_a_banner_beside_the_folder_around_it_all_is_passed_over(tmp_path, capsys, folders):
+    for folder in folders:
+        tree(tmp_path / folder, ["fish", "star"])
+    save(tmp_path / "banner.png")
+    (tmp_path / "another.HEIC").write_bytes(b"\x00\x00\x00 ftypnothing")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    err = capsys.readouterr().err
+    assert "1 pictures beside the " in err and "1 .heic (readable after" in err
+
+
 def test_a_wrapper_may_hold_splits_or_labels(tmp_path):
     tree(tmp_path / "a" / "archive" / "train", ["fish", "star"])
     tree(tmp_path / "a" / "archive" / "test", ["fish", "star"])
@@ -140,12 +158,14 @@ def test_what_systems_and_runs_leave_is_no_class(trained, tmp_path, capsys):
     tree(tmp_path, ["fish", "star", "__MACOSX", "fish/@eaDir", "$RECYCLE.BIN"])
     (tmp_path / "out").symlink_to(trained / "out")
     save(tmp_path / "samples" / "class-3-seed-0.png")
-    save(tmp_path / "star" / ".Trashes" / "0.png")
+    save(tmp_path / "star" / ".Trashes" / "0.png", tmp_path / "star/samples/step-000250.png")
+    (tmp_path / "fish" / "2.png").symlink_to("unmounted/2.png")
     assert classes(tmp_path) == {"fish": 2, "star": 2}
     err = capsys.readouterr().err
+    assert "1 broken links" in err and "2 run folder (samples)" in err
     for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN"):
         assert f"1 system folder ({name})" in err
-    assert "1 run folder (out)" in err and "1 run folder (samples)" in err
+    assert "1 run folder (out)" in err
 
 
 def test_numbered_classes_are_printed_with_their_ids(tmp_path):
@@ -185,7 +205,9 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
 
 def test_classes_may_keep_their_pictures_in_a_folder_called_samples(tmp_path):
     tree(tmp_path, ["fish/samples", "star/samples"])
-    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    save(tmp_path / "ray" / "0.png")
+    (tmp_path / "ray" / "0.png").rename(tmp_path / "ray" / "samples")  # a file
+    assert classes(tmp_path) == {"fish": 2, "ray": 1, "star": 2}
 
 
 def test_many_pictures_beside_one_folder_are_two_readings(tmp_path):
@@ -197,11 +219,15 @@ def test_many_pictures_beside_one_folder_are_two_readings(tmp_path):
         load_images(tmp_path, 16)
 
 
-def test_a_folder_without_pictures_beside_loose_ones_is_no_class(tmp_path):
+def test_a_folder_without_pictures_beside_loose_ones_is_no_class(tmp_path, capsys):
     save(*(tmp_path / "photos" / f"{n}.png" for n in range(3)))
     (tmp_path / "photos" / "notes").mkdir()
     (tmp_path / "photos" / "notes" / "todo.txt").write_text("sort them")
     assert classes(tmp_path / "photos") == {"photos": 3}
+    (tmp_path / "photos" / "phone").mkdir()
+    (tmp_path / "photos" / "phone" / "0.heic").write_bytes(b"\x00\x00\x00 ftypnothing")
+    assert classes(tmp_path / "photos") == {"photos": 3}
+    assert "1 .heic (readable after pip install pillow-heif)" in capsys.readouterr().err
 
 
 # Labels in a CSV file
@@ -248,6 +274,25 @@ def test_labels_in_lines_of_json(tmp_path):
     assert classes(tmp_path) == {"0": 2, "1": 1}
     (tmp_path / "metadata.jsonl").write_text("not JSON\n")
     assert classes(tmp_path) == {tmp_path.name: 3}
+
+
+def test_a_table_of_pictures_for_testing_is_not_trained_on(tmp_path, capsys):
+    tree(tmp_path / "train", ["fish", "star"])
+    save(*(tmp_path / "test" / f"{n}.jpg" for n in range(3)))
+    (tmp_path / "test.csv").write_text("filename,label\n0.jpg,fish\n1.jpg,star\n2.jpg,ray\n")
+    assert classes(tmp_path) == {"fish": 2, "star": 2}
+    err = capsys.readouterr().err
+    assert "1 unused table (test.csv)" in err and "3 pictures in test, beside the split" in err
+
+
+@pytest.mark.parametrize("folder", ["", "{}_images/"])
+def test_a_table_of_pictures_that_are_called_the_same_in_two_splits(tmp_path, folder):
+    for split in ("train", "test"):
+        save(*(tmp_path / f"{split}_images" / f"{n}.jpg" for n in range(4)))
+    splits = ("train", "test") if folder else ("train",)
+    rows = [f"{folder.format(s)}{n}.jpg,{'ab'[n % 2]}\n" for s in splits for n in range(4)]
+    (tmp_path / "labels.csv").write_text("filename,label\n" + "".join(rows))
+    assert classes(tmp_path) == {"a": 2, "b": 2}
 
 
 def test_a_table_inside_of_a_split(tmp_path):

@@ -49,7 +49,7 @@ def test_parquet_with_class_labels_in_a_folder(tmp_path, capsys):
     assert images[:, 0, 0, 0].tolist() == [0, 27, 9, 45, 18] and images.dtype == torch.uint8
     out, err = capsys.readouterr()
     assert "split train (pictures: img; labels: label)" in out
-    assert "skipped 1 rows without a picture or a label" in err
+    assert "skipped 1 rows without a readable picture or a label" in err
 
 
 def test_labels_may_be_strings_and_captions_are_none(tmp_path, capsys):
@@ -72,6 +72,14 @@ def test_labels_may_be_whole_numbers(tmp_path, capsys):
     _, labels, names = load_dataset(str(tmp_path / "a"), 16)
     assert set(names) == {"3", "12"} and sorted(labels.bincount().tolist()) == [2, 4]
     assert "labels: Label" in capsys.readouterr().out
+
+
+def test_a_column_that_is_called_as_labels_are_comes_first(tmp_path, capsys):
+    columns = {"license": ["MIT"] * 6, "target": list("xyxyxy"), "class_name": list("babbab")}
+    kinds = {name: datasets.Value("string") for name in columns}
+    write_parquet(tmp_path / "a" / "train.parquet", 6, columns, kinds)
+    assert load_dataset(str(tmp_path / "a"), 16)[2] == ["a", "b"]
+    assert "labels: class_name" in capsys.readouterr().out
 
 
 def test_a_data_set_without_pictures_is_one_line(tmp_path):
@@ -97,6 +105,12 @@ def test_a_zip_of_pictures(tmp_path):
     images, labels, _ = load_dataset(str(tmp_path / "d"), 16)
     assert labels.tolist() == [0] * 6
     assert sorted(images[:, 0, 0, 0].tolist()) == [0, 9, 18, 27, 36, 45]
+    solid(1).save(tmp_path / "d" / "banner.png")
+    assert len(load_dataset(str(tmp_path / "d"), 16)[0]) == 6
+    archive = (tmp_path / "d" / "train.zip").read_bytes()
+    (tmp_path / "d" / "train.zip").write_bytes(archive[: len(archive) // 2])  # half downloaded
+    with pytest.raises(UserError, match="cannot read"):
+        load_dataset(str(tmp_path / "d"), 16)
 
 
 def test_webdataset(tmp_path):
