@@ -32,7 +32,7 @@ from model import UserError  # noqa: E402
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = "assets/butterflies"  # of this repository; a Space may name a Hub id here
 MAX_PICTURES = 16  # at once; no more than sample.MAX_BATCH, so that they are one batch
-SIDE = 192  # a picture has at least so many pixels on the page, as 64 are too small to look at
+SIDE = 192  # a picture has at least this many pixels on the page, as 64 are too small to look at
 MAX_SEED = 2**32 - 1
 
 
@@ -52,12 +52,12 @@ def grids_on_the_way(model, class_id, num_images, steps, cfg_scale, seed, eta=0)
     into a queue, from which they can be yielded as they come.
     """
     states = queue.Queue()
-    abandoned = threading.Event()  # set when nobody looks any more, as when the page is closed
+    abandoned = threading.Event()  # set when nobody is looking any more, as when the page is closed
 
     def record(z):
         if abandoned.is_set():
             raise InterruptedError  # ends the thread
-        states.put(sample.to_uint8(z))  # here, as MPS does not bear a second thread
+        states.put(sample.to_uint8(z))  # here, as MPS fails in a second thread
 
     def run():
         class_ids = torch.full((num_images,), class_id)
@@ -127,7 +127,7 @@ def build_page(model, checkpoint):
                 line = gradio.Code(
                     label="the same on the command line", language="shell", wrap_lines=True
                 )
-        # The button rests while pictures come, and is back after an error, too.
+        # The button is disabled while pictures come, and back after an error, too.
         busy = button.click(lambda: gradio.Button(interactive=False), None, button)
         done = busy.then(on_click, [class_menu, count, steps, guidance, seed, fresh], [grid, line])
         done.then(lambda: gradio.Button(interactive=True), None, button)
@@ -139,12 +139,13 @@ def main():
     text = "a folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="MODEL", help=text)
     number = common.int_in_range(1, 65535)
-    text = "of the page (default: %(default)s)"
+    text = "port of the page (default: %(default)s)"
     parser.add_argument("--port", type=number, default=7860, metavar="N", help=text)
     text = "auto, cuda, mps or cpu (default: %(default)s)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     flags = parser.parse_args()
-    own = ROOT / flags.checkpoint  # found from any folder
+    import_gradio()  # if it is missing, now is the time to say so
+    own = ROOT / CHECKPOINT  # found from any folder
     checkpoint = own if flags.checkpoint == CHECKPOINT and own.is_dir() else flags.checkpoint
     model = common.load_model(checkpoint).to(common.pick_device(flags.device))
     page = build_page(model, flags.checkpoint)

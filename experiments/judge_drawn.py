@@ -1,12 +1,12 @@
-"""Do samples of the drawn classes look like their class? A small classifier says.
+"""Do samples of the drawn butterflies look like their class? A small classifier judges.
 
-    python experiments/judge_drawn.py out               # 4 samples a class from the model in out/
+    python experiments/judge_drawn.py out               # 4 samples per class of the model in out/
     python experiments/judge_drawn.py out --steps 20 --cfg-scale 2 --seed 1
 
 Trains a convolutional classifier with three heads (colour, pattern, shape) on freshly drawn
 butterflies, half a minute on two cores. Prints its accuracy on other drawings, for comparison; then
-the share of samples whose colour, pattern, shape, and all three, it finds right. It does not see
-variety: the same right picture many times would be judged right as well.
+the share of samples that it finds right in colour, in pattern, in shape, and in all three. It does
+not see variety: one good picture of each class, repeated, would score just as well.
 """
 
 import sys
@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
     text = "guidance (default: the model's own)"
     parser.add_argument("--cfg-scale", type=parse_finite, metavar="W", help=text)
-    text = "of the initial noise (default: %(default)s)"
+    text = "seed of the noise (default: %(default)s)"
     parser.add_argument("--seed", type=int_in_range(0), default=0, metavar="N", help=text)
     args = parser.parse_args()
     model = load_model(args.checkpoint)

@@ -1,4 +1,4 @@
-"""Pictures of the README and of RESULTS.md: what the network is shown, and how its own come about.
+"""Pictures of the README and of RESULTS.md: what the network is shown, and how samples come about.
 
     python experiments/pictures.py assets/laptop
 
@@ -24,7 +24,7 @@ COLUMNS = 11  # states of a picture that the strip shows
 def main():
     parser = common.new_parser(__doc__)
     parser.add_argument("checkpoint", help="a folder or a Hub id")
-    text = "(default: assets)"
+    text = "folder to write to (default: assets)"
     parser.add_argument("--output", type=Path, default=ASSETS, metavar="FOLDER", help=text)
     flags = parser.parse_args()
     common.make_folder(flags.output)

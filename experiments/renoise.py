@@ -54,12 +54,13 @@ def main():
     text = "pictures of each class (default: %(default)s)"
     parser.add_argument("--each", type=common.int_in_range(1), default=6, metavar="N", help=text)
     flags = parser.parse_args()
+    if flags.dataset.resolve() == flags.held_out.resolve():
+        raise UserError("--dataset and --held-out are the same folder: compare with other pictures")
     model = common.load_model(flags.checkpoint)
     images, labels, class_names = load_images(flags.dataset, model.image_size)
     if class_names != model.class_names:
         raise UserError(f"--dataset {flags.dataset} has other classes than {flags.checkpoint}")
-    if flags.dataset.resolve() == flags.held_out.resolve():
-        raise UserError("--dataset and --held-out are the same folder: compare with other pictures")
+    # The first few of each class.
     first = torch.cat([(labels == i).nonzero()[: flags.each, 0] for i in labels.unique()])
     held_out = load_images(flags.held_out, SIZE)[0]
     x, y = images[first].float() / 127.5 - 1, labels[first]

@@ -7,13 +7,15 @@
 Rows differ in steps, guidance scale, the interval of t within which guidance acts (Kynkaanniemi et
 al. 2024, arXiv 2404.07724), the spacing of the steps (shifted as in Esser et al. 2024, arXiv
 2403.03206: above 1 more of them near the noise, below 1 near the data), and in the method: Heun's
-takes the mean of the velocities at both ends of a step, for twice the evaluations; with eta, each
-step replaces part of the noise by fresh noise (Song et al. 2020, arXiv 2010.02502). A finished row
-is kept in experiments/sampling.csv, with a checksum of the network's weights, and not run again;
-sampling-drawn.md or sampling-photographs.md, and .png, show all rows of the network.
+takes the mean of the velocities at both ends of a step, for almost twice the evaluations; with eta,
+each step replaces part of the noise by fresh noise (Song et al. 2020, arXiv 2010.02502). A finished
+row is kept in experiments/sampling.csv, with a checksum of the network's weights and the name of
+the held-out folder, and not run again: remove it there if you change what the row means.
+sampling-drawn.md or sampling-photographs.md, and .png, show all rows of the network; --output keeps
+yours apart from those of this repository.
 
-evaluations: how often the network runs for a picture, 2 a step with guidance. kid: kernel distance
-(experiments/score.py) of the samples to pictures that were not trained on.
+evaluations: how often the network runs per picture, two per step with guidance. kid: kernel
+distance (experiments/score.py) of the samples to pictures that were not trained on.
 """
 
 import statistics
@@ -31,7 +33,9 @@ from data.images import load_images  # noqa: E402
 from experiments.ablations import check_only, read_rows, write_row  # noqa: E402
 from experiments.plot_loss import pyplot, save_figure  # noqa: E402
 from experiments.score import SIZE, features, kernel_distance, resized  # noqa: E402
+from model import UserError  # noqa: E402
 
+# Where a row says nothing else. main() takes the network's own guidance scale, which is mostly 3.
 BASE = {"steps": 25, "scale": 3.0, "interval": (0.0, 1.0), "shift": 1.0, "heun": False, "eta": 0.0}
 ROWS = {
     "default": {"steps": sample.DEFAULT_STEPS},
@@ -59,7 +63,7 @@ COLUMNS = [*KEY, "evaluations", "kid"]
 def integrate(
     model, class_ids, noise, steps, scale, interval, shift, heun, eta, start=1.0, generator=None
 ):
-    """From noise, or z at `start`, to x (B,3,S,S), and how often the network ran for a picture.
+    """From noise, or z at `start`, to x (B,3,S,S), and how often the network ran per picture.
     generator: of the fresh noise."""
     low, high = interval
     y = torch.cat([class_ids, torch.full_like(class_ids, model.num_classes)])
@@ -90,7 +94,7 @@ def integrate(
 
 @torch.no_grad()
 def samples(model, each, seed, **way):
-    """uint8 pictures, so many of each class, and the network's runs for one of them."""
+    """uint8 pictures, `each` of every class, and how often the network ran per picture."""
     classes = torch.arange(model.num_classes).repeat_interleave(each)
     generator = torch.Generator().manual_seed(seed)
     pictures, size = [], model.image_size
@@ -116,7 +120,8 @@ def grouped(rows):
     for row in rows:
         key = row["row"], row["samples"], int(row["evaluations"])
         groups.setdefault(key, []).append(float(row["kid"]))
-    return sorted(((*key, kids) for key, kids in groups.items()), key=lambda g: (g[2], g[3]))
+    groups = [(*key, kids) for key, kids in groups.items()]
+    return sorted(groups, key=lambda group: (group[2], statistics.mean(group[3])))
 
 
 def write_table(rows, path):
@@ -125,7 +130,8 @@ def write_table(rows, path):
         kid = f"{statistics.mean(kids):.0f}"
         kid += f" ± {statistics.stdev(kids):.0f}" if len(kids) > 1 else ""
         lines.append(f"| {name} | {evaluations} | {kid} | {count} | {len(kids)} |")
-    path.write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    common.write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
     print(path)
 
 
@@ -141,7 +147,7 @@ def draw_plot(rows, path):
         points[kind][1].append(statistics.mean(kids))
     for kind, (x, y) in points.items():
         axes.plot(x, y, "o-" if kind == "steps" else "o", label=kind)
-    axes.set(xlabel="network evaluations a picture", ylabel="kernel distance, x 1000")
+    axes.set(xlabel="network evaluations per picture", ylabel="kernel distance, x 1000")
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -157,15 +163,13 @@ def parse_flags():
     against = parser.add_mutually_exclusive_group(required=True).add_argument
     against("--held-out", type=Path, metavar="FOLDER", help="real pictures to compare with")
     against("--drawn", action="store_true", help="compare with freshly drawn butterflies")
-    add("--only", nargs="+", metavar="ROW", help="these instead of all; see ROWS")
-    add("--samples", type=int, default=5, help="a class (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
-    add(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent,
-        help="where the table goes (experiments)",
-    )
+    add("--only", nargs="+", metavar="ROW", help="only these rows, which ROWS names (default: all)")
+    text = "samples per class (default: %(default)s)"
+    add("--samples", type=common.int_in_range(1), default=5, metavar="N", help=text)
+    text = "seeds of the noise (default: 0)"
+    add("--seeds", type=common.int_in_range(0), nargs="+", default=[0], metavar="N", help=text)
+    text = "where the rows, the table and the figure go (default: experiments)"
+    add("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER", help=text)
     flags = parser.parse_args()
     check_only(flags, ROWS)
     return flags
@@ -174,29 +178,33 @@ def parse_flags():
 def main():
     flags = parse_flags()
     pyplot()  # if it is missing, now is the time to say so
-    model = common.load_model(flags.checkpoint).eval()
-    path, kind = flags.output / "sampling.csv", "drawn" if flags.drawn else "photographs"
-    weights = checksum(model)
+    common.make_folder(flags.output)
+    model = common.load_model(flags.checkpoint)
+    reference = "drawn" if flags.drawn else flags.held_out.resolve().name
+    path, weights = flags.output / "sampling.csv", checksum(model)
     known = {tuple(row[name] for name in KEY) for row in read_rows(path)}
     real = None
-    for seed in flags.seeds:
-        for name in flags.only or ROWS:
-            key = kind, weights, name, str(flags.samples * model.num_classes), str(seed)
+    for seed in dict.fromkeys(flags.seeds):
+        for name in dict.fromkeys(flags.only or ROWS):
+            key = reference, weights, name, str(flags.samples * model.num_classes), str(seed)
             if key in known:
                 continue
             if real is None:
-                images = (
-                    draw_butterflies(14, SIZE, seed=1)[0]
-                    if flags.drawn
-                    else load_images(flags.held_out, SIZE)[0]
-                )
+                if flags.drawn:
+                    images, _, class_names = draw_butterflies(14, SIZE, seed=1)
+                    if class_names != model.class_names:
+                        raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")
+                else:
+                    images = load_images(flags.held_out, SIZE)[0]
                 real = features(images)
-            pictures, runs = samples(model, flags.samples, seed, **{**BASE, **ROWS[name]})
+            way = {**BASE, "scale": model.cfg_scale, **ROWS[name]}
+            pictures, runs = samples(model, flags.samples, seed, **way)
             kid = kernel_distance(features(resized(pictures)), real)
             row = dict(zip(COLUMNS, (*key, runs, f"{kid:.1f}")))
             print(row, flush=True)
             write_row(row, path, COLUMNS)
-    rows = [row for row in read_rows(path) if (row["pictures"], row["weights"]) == (kind, weights)]
+    rows = [row for row in read_rows(path) if tuple(row.values())[:2] == (reference, weights)]
+    kind = "drawn" if flags.drawn else "photographs"
     write_table(rows, flags.output / f"sampling-{kind}.md")
     draw_plot(rows, flags.output / f"sampling-{kind}.png")
 

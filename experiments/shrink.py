@@ -1,4 +1,4 @@
-"""Save a trained network in half precision, for sharing: half the size, the same pictures.
+"""Save a trained network in half precision, for sharing: half the size, almost the same pictures.
 
     python experiments/shrink.py out assets/butterflies --cfg-scale 4
 
@@ -40,6 +40,8 @@ def main():
         common.replace(beside, flags.output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {flags.output}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     print(flags.output)
 
 

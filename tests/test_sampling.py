@@ -111,6 +111,16 @@ def test_rows_are_scored_once_and_shown(trained, pictures, tmp_path, monkeypatch
     sampling.main()
     assert "'row'" not in capsys.readouterr().out  # nothing is sampled twice
 
+    # Pictures to compare with have rows of their own, too.
+    shutil.copytree(pictures, tmp_path / "others")
+    held_out = [*map(str, run[:3]), str(tmp_path / "others"), *map(str, run[4:-1])]
+    monkeypatch.setattr(sys, "argv", held_out)
+    sampling.main()
+    assert capsys.readouterr().out.count("'row'") == 1
+    monkeypatch.setattr(sys, "argv", [*map(str, run[:2]), "--drawn", *map(str, run[4:])])
+    with pytest.raises(UserError, match="not trained on drawn butterflies"):
+        sampling.main()
+
     # Another network has rows of its own, and its table shows no others.
     other = DiT.from_pretrained(trained / "out")
     other.patch_embedding.bias.data += 1
@@ -145,6 +155,20 @@ def test_renoised_pictures_come_back_along_the_true_velocity(t):
     noised = renoise(still, x, classes, t, seed=3)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(noised, (1 - t) * x + t * noise)
+
+
+def test_rows_are_guided_as_the_network_is_by_default(trained, pictures, tmp_path, monkeypatch):
+    for name in ("matplotlib", "efficientnet_lite_pytorch"):
+        pytest.importorskip(name)
+    model = DiT.from_pretrained(trained / "out")
+    model.cfg_scale = 1.0  # not guided: the network runs once per step
+    model.save_pretrained(tmp_path / "model")
+    few = ["--held-out", pictures, "--output", tmp_path / "new" / "folder", "--only", "5 steps"]
+    run = ["sampling.py", tmp_path / "model", *few, "--samples", 1, "--seeds", 0, 0]
+    monkeypatch.setattr(sys, "argv", list(map(str, run)))
+    sampling.main()
+    table = (tmp_path / "new" / "folder" / "sampling-photographs.md").read_text()
+    assert "| 5 steps | 5 |" in table and table.endswith(" 1 |\n")
 
 
 def test_renoise_refuses_what_it_cannot_compare(trained, pictures, tmp_path):
