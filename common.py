@@ -671,26 +671,31 @@ class Log:
 
     def __init__(self, path, last_step):
         """Cut the file back to last_step: later rows are of steps that were lost, and will be run
-        again. At 0 there is no log yet, and an old one goes. Raises UserError on failure."""
+        again. Rows that waited are added. At 0 there is no log yet, and an old one goes. Raises
+        UserError on failure."""
         self.path = path
         self.waiting = []  # lines that could not be written yet
+        self.waiting_file = path.with_stem(f"{path.stem}-waiting")  # has them, too
         try:
             if last_step == 0:
                 path.unlink(missing_ok=True)
             elif path.exists():
                 lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+                if self.waiting_file.exists():
+                    lines += self.waiting_file.read_text("utf-8").splitlines(keepends=True)[1:]
                 columns = lines[0].strip().split(",") if lines else []
                 if "step" in columns:
                     cell = columns.index("step")
                     kept = [row for row in lines if not is_beyond(row, cell, last_step)]
                     write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
+            self.waiting_file.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
 
     def append(self, row):
         """Append a row. If another program holds the file, as spreadsheets do on Windows, the row
-        is kept, and written together with the next. If the file has other columns, it is renamed,
-        and a new one begun. Raises UserError on any other failure."""
+        waits in log-waiting.csv, and is written together with the next. If the file has other
+        columns, it is renamed, and a new one begun. Raises UserError on any other failure."""
         header = ",".join(row) + "\n"
         self.waiting.append(",".join(map(str, row.values())) + "\n")
         try:
@@ -706,10 +711,14 @@ class Log:
                 self.path.write_text(header, "utf-8")
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(self.waiting))
+            if len(self.waiting) > 1:
+                self.waiting_file.unlink(missing_ok=True)
             self.waiting = []
         except OSError as error:
-            then = "Its rows will be written with the next."
+            then = f"Its rows are in {self.waiting_file.name}, until they can be written."
             raise_unless_held(error, f"cannot write {self.path}", self.path, False, then)
+            with contextlib.suppress(OSError):
+                self.waiting_file.write_text(header + "".join(self.waiting), "utf-8")
 
 
 def is_beyond(row, cell, last_step):
@@ -792,20 +801,27 @@ def check_holds_no_run(folder):
 
 def write_checkpoint(out, ema, state, required=True):
     """Write CHECKPOINT_FILES to a staging folder and then move them into place, the state last, as
-    it alone determines where --resume continues. Raises UserError on failure; if the checkpoint is
-    not required, there is only a warning where another program holds an old file."""
+    it alone determines where --resume continues. Raises UserError on failure, and keeps what was
+    written whole; if the checkpoint is not required, there is only a warning where another program
+    holds an old file."""
     staging = out / ".writing"
+    complete = False
     try:
         shutil.rmtree(staging, ignore_errors=True)
         path = staging
         ema.save_pretrained(staging)
         torch.save(state, staging / "train_state.pt")
+        complete = True
         for name in CHECKPOINT_FILES:
             path = out / name
             replace(staging / name, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         message = f"cannot write to {out}, which keeps its last checkpoint"
         then = "Training goes on, and the next checkpoint is tried as usual."
+        if complete and required:
+            kept = unused_name(out / "checkpoint")
+            staging.rename(kept)
+            message = f"cannot write {path}: close what has it open, and move here what {kept} has"
         raise_unless_held(error, message, path, required, then)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

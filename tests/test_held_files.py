@@ -64,9 +64,13 @@ def test_a_file_held_for_longer_is_a_warning(monkeypatch, pictures, tmp_path, ca
 def test_the_last_checkpoint_is_not_given_up_in_silence(monkeypatch, pictures, tmp_path):
     run(pictures, tmp_path, "--steps", 2)
     hold(monkeypatch, "train_state.pt", times=100)
-    with pytest.raises(UserError, match="cannot write to .*train_state.pt"):
+    with pytest.raises(UserError, match="cannot write .*train_state.pt: .*checkpoint-1"):
         run(pictures, tmp_path, "--resume")
     assert torch.load(tmp_path / "train_state.pt", weights_only=True)["step"] == 2
+    kept = tmp_path / "checkpoint-1"
+    assert not (kept / "model.safetensors").exists()  # which is in its place
+    (kept / "train_state.pt").rename(tmp_path / "train_state.pt")
+    assert torch.load(tmp_path / "train_state.pt", weights_only=True)["step"] == 8
 
 
 def test_rows_of_a_held_log_are_written_with_the_next(monkeypatch, pictures, tmp_path, capsys):
@@ -82,5 +86,20 @@ def test_rows_of_a_held_log_are_written_with_the_next(monkeypatch, pictures, tmp
     monkeypatch.setattr(common, "open", held_twice, raising=False)
     run(pictures, tmp_path)
     assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "6", "8"]
+    assert not (tmp_path / "log-waiting.csv").exists()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 2 and all("log.csv" in line for line in warnings)
+
+    # Held to the end of the run, the rows are still there, for the next run to add.
+    monkeypatch.setattr(common, "open", OPEN)
+    run(pictures, tmp_path, "--resume", "--steps", 10)
+    monkeypatch.setattr(common, "open", held_twice)
+    attempts[:] = [0]
+    run(pictures, tmp_path, "--resume", "--steps", 14)
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "6", "8", "10"]
+    waiting = (tmp_path / "log-waiting.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in waiting] == ["step", "12", "14"]
+    monkeypatch.setattr(common, "open", OPEN)
+    run(pictures, tmp_path, "--resume", "--steps", 16)
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "6", "8", "10", "12", "14", "16"]
+    assert not (tmp_path / "log-waiting.csv").exists()
