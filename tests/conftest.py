@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from data.drawn import draw_butterflies
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a worker for each core: before torch comes
+from PIL import Image  # noqa: E402
+
+from data.drawn import draw_butterflies  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 # One block of width 16 on pictures of 16x16: a step takes milliseconds.

@@ -1,5 +1,5 @@
 """Runs scripts as `python script arguments...` would, each in a fork of one process that has
-imported torch and torchvision already: importing takes most of the time of a short call.
+imported their libraries already: importing takes most of the time of a short call.
 
 Reads a line of JSON a call: [script, arguments, folder, environment, file of stdout, of stderr].
 Answers each with a line: its exit status, or minus the signal that ended it."""
@@ -10,8 +10,16 @@ import runpy
 import signal
 import sys
 
+import huggingface_hub.hf_api  # noqa: F401
+import safetensors.torch  # noqa: F401
 import torch  # noqa: F401
-import torchvision  # noqa: F401
+import torch.utils.flop_counter  # noqa: F401
+import torchvision.transforms.functional  # noqa: F401
+import tqdm.contrib.concurrent  # noqa: F401
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download  # noqa: F401
+from PIL import Image, ImageOps  # noqa: F401
+
+Image.init()
 
 
 def become(script, arguments, cwd, environment, *outputs):

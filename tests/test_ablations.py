@@ -31,7 +31,7 @@ def first_losses(monkeypatch, variant):
         settings, change = ablations.ALL[variant]
         for name in train.SETTINGS:
             patch.setattr(train, name, getattr(train, name))
-        vars(train).update(SMALLER)
+        vars(train).update({**settings, **SMALLER})
         if change:
             change()
         torch.manual_seed(0)

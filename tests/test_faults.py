@@ -220,7 +220,7 @@ def test_absurd_sizes_are_refused_before_they_fill_the_memory(trained, tmp_path,
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, **change}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="too large|at least|not a multiple"):
         load_model(out)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 

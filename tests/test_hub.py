@@ -160,17 +160,6 @@ def test_a_dataset_that_the_hub_does_not_have(tmp_path):
     assert "someone/nothing" in line and "--preset laptop" in line and "--dataset FOLDER" in line
 
 
-def test_a_model_comes_from_the_hub(trained, tmp_path):
-    with Hub({"someone/butterflies": trained / "out"}) as hub:
-        flags = ["--checkpoint", "someone/butterflies", "--class-id", 1, "--steps", 2]
-        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        out, _ = call("sample.py", *flags, "--output", tmp_path / "hub.png", cwd=tmp_path, **extra)
-        flags[1] = trained / "out"
-        call("sample.py", *flags, "--output", tmp_path / "local.png", cwd=tmp_path)
-    assert out.strip() == str(tmp_path / "hub.png")
-    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "local.png").read_bytes()
-
-
 def test_a_model_that_the_hub_does_not_have(tmp_path):
     with Hub({}) as hub:
         extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}

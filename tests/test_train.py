@@ -177,9 +177,7 @@ def whole(pictures, tmp_path_factory):
 
 
 @POSIX
-@pytest.mark.parametrize(
-    "name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGKILL", -9)]
-)
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_stopped_run_resumes_bit_for_bit(whole, pictures, tmp_path, name, status):
     settings = [*SMALL, "--dataset", pictures, *STOPPED]
     number = getattr(signal, name)
@@ -195,8 +193,7 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, pictures, tmp_path, name, stat
     assert process.returncode == status
     stopped = state(broken / "out")["step"]
     assert 22 <= stopped < 300
-    if status > 0:
-        assert "--resume" in err and f"step {stopped}" in err
+    assert "--resume" in err and f"step {stopped}" in err
     out, _ = call("train.py", "--resume", cwd=broken)
     assert state(broken / "out")["step"] == 300
     assert_same_run(whole, broken / "out")
@@ -222,7 +219,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pictures, tmp_path)
     more = ["--resume", "--steps", 400, "--learning-rate", 1e38, "--warmup-steps", 1]
     _, err = call("train.py", *more, cwd=tmp_path, status=2)
     line = err.strip().splitlines()[-1]
-    assert "not finite" in line and "LEARNING_RATE" in line
+    assert "not finite at step 10;" in line and "LEARNING_RATE" in line  # when the log looks
     assert state(tmp_path / "out")["step"] == 5
     for path, content in kept.items():
         assert path.read_bytes() == content, path
@@ -242,14 +239,13 @@ def test_every_size_runs(tmp_path, n, extra):
 
 
 def test_parts_of_a_batch_add_up_to_its_gradient(pictures, tmp_path):
-    settings = [*SMALL, "--dataset", pictures, "--steps", 20, "--batch-size", 6]
-    for parts in (1, 3, 4):  # four parts of six pictures are three of two
+    settings = [*SMALL, "--dataset", pictures, "--steps", 20, "--batch-size", 7]
+    for parts in (1, 3):  # of three, three, and one picture
         run = ["--accumulate", parts, "--out-dir", f"out{parts}"]
         call("train.py", *settings, *run, cwd=tmp_path)
-    whole, *others = (state(tmp_path / f"out{parts}")["model"] for parts in (1, 3, 4))
-    for other in others:
-        for name, tensor in whole.items():
-            torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
+    whole, other = (state(tmp_path / f"out{parts}")["model"] for parts in (1, 3))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
