@@ -33,10 +33,12 @@ def test_without_matplotlib_it_says_so(trained, tmp_path):
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
     assert "log.csv does not exist" in refused("experiments/plot_loss.py", tmp_path, cwd=tmp_path)
 
 
 def test_a_row_that_was_cut_short_is_not_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     from experiments.plot_loss import read_log
 
     (tmp_path / "log.csv").write_text("step,train_loss,val_loss\n10,0.5,0.6\n20,0.4")
