@@ -679,6 +679,7 @@ class Log:
         try:
             if last_step == 0:
                 path.unlink(missing_ok=True)
+                self.waiting_file.unlink(missing_ok=True)
             elif path.exists():
                 lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
                 if self.waiting_file.exists():
@@ -688,7 +689,7 @@ class Log:
                     cell = columns.index("step")
                     kept = [row for row in lines if not is_beyond(row, cell, last_step)]
                     write_beside(path, lambda beside: beside.write_text("".join(kept), "utf-8"))
-            self.waiting_file.unlink(missing_ok=True)
+                    self.waiting_file.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from error
 
@@ -805,20 +806,18 @@ def write_checkpoint(out, ema, state, required=True):
     written whole; if the checkpoint is not required, there is only a warning where another program
     holds an old file."""
     staging = out / ".writing"
-    complete = False
     try:
         shutil.rmtree(staging, ignore_errors=True)
         path = staging
         ema.save_pretrained(staging)
         torch.save(state, staging / "train_state.pt")
-        complete = True
         for name in CHECKPOINT_FILES:
             path = out / name
             replace(staging / name, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         message = f"cannot write to {out}, which keeps its last checkpoint"
         then = "Training goes on, and the next checkpoint is tried as usual."
-        if complete and required:
+        if required and path != staging:  # all is written, and one file could not be moved
             kept = unused_name(out / "checkpoint")
             staging.rename(kept)
             message = f"cannot write {path}: close what has it open, and move here what {kept} has"

@@ -81,16 +81,15 @@ def find_classes(folder, passed_over):
             folders.remove(entry)
             passed_over[f"folder of documents ({entry.name})"] += 1
     if len(folders) == 1 and is_wrapper(folders[0]):
-        inside = pictures_among(files_below(folders[0], Counter()))
-        if len(pictures) < max(1, len(inside)):
+        if not pictures or len(pictures) < len(pictures_among(files_below(folders[0], Counter()))):
             pass_over_files(files, f"pictures beside the folder {folders[0].name}", passed_over)
             return find_classes(folders[0], passed_over)
 
     classes = {entry.name: files_of_class(entry, passed_over) for entry in folders}
     in_folders = sum(len(pictures_among(paths)) for paths in classes.values())
     if not classes or (pictures and in_folders == 0):
-        for path in sum(classes.values(), []):
-            passed_over[suffix(path)] += 1
+        for paths in classes.values():
+            pass_over_files(paths, "pictures", passed_over)
         return {folder.resolve().name: files}, str(folder)
     if len(pictures) >= max(1, in_folders):
         names = ", ".join(sorted(classes)[:3]) + (", ..." if len(classes) > 3 else "")
@@ -191,7 +190,7 @@ def list_folder(folder, passed_over):
     """The folders and the files in a folder, both sorted, except for what is hidden or was made by
     the system or by a training run."""
     folders, files = [], []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):  # case counts everywhere
+    for entry in sorted_paths(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_file():

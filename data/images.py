@@ -268,9 +268,8 @@ def load_with_datasets(name, image_size):
         raise UserError(message) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    broken_archive = (tarfile.TarError, zipfile.BadZipFile)
-    problems = (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError)
-    problems += broken_archive
+    broken_file = (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile)
+    problems = (datasets.exceptions.DatasetsError, RuntimeError, *broken_file)
     try:
         builder = datasets.load_dataset_builder(name)
         files = (builder.config.data_files or {}).get("train", [])
@@ -305,7 +304,7 @@ def load_with_datasets(name, image_size):
             try:
                 with fsspec.open(image["path"]) as file:
                     content = file.read()
-            except (OSError, ValueError, *broken_archive) as error:
+            except broken_file as error:
                 raise UserError(f"cannot read {image['path']} of {name}: {error}") from error
         return read_picture(io.BytesIO(content), image_size)
 

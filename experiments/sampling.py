@@ -203,7 +203,8 @@ def main():
             row = dict(zip(COLUMNS, (*key, runs, f"{kid:.1f}")))
             print(row, flush=True)
             write_row(row, path, COLUMNS)
-    rows = [row for row in read_rows(path) if tuple(row.values())[:2] == (reference, weights)]
+    own = {"pictures": reference, "weights": weights}
+    rows = [row for row in read_rows(path) if own.items() <= row.items()]
     kind = "drawn" if flags.drawn else "photographs"
     write_table(rows, flags.output / f"sampling-{kind}.md")
     draw_plot(rows, flags.output / f"sampling-{kind}.png")

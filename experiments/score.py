@@ -53,9 +53,8 @@ def features(images):
     """What an ImageNet network sees in uint8 pictures (N,3,S,S): float64 (N, 1280)."""
     network, seen = imagenet_network(), []
     for batch in images.split(64):
-        x = F.interpolate(batch.float(), 128, mode="bicubic").clamp(
-            0, 255
-        )  # it halves the size 5 times
+        # Enlarged, as the network halves the size five times.
+        x = F.interpolate(batch.float(), 128, mode="bicubic").clamp(0, 255)
         seen.append(network.extract_features((x - 127) / 128).mean((2, 3)))
     return torch.cat(seen).double()
 
