@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import POSIX, SMALL, call
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,6 +178,35 @@ def test_more_processes_than_gpus_are_refused(two_processes, monkeypatch):
 def test_processes_on_the_cpu_have_the_backend_of_the_cpu(two_processes):
     device, _, _ = common.start_process(torch.device("cpu"), batch_size=8)
     assert device.type == "cpu" and two_processes == ["gloo"]
+
+
+ACCELERATOR = """
+import torch
+import torch.distributed
+
+real_init = torch.distributed.init_process_group
+real_accelerator = torch.accelerator.current_accelerator
+
+def init_process_group(*arguments, **options):
+    torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
+    try:
+        return real_init(*arguments, **options)
+    finally:
+        torch.accelerator.current_accelerator = real_accelerator
+
+torch.distributed.init_process_group = init_process_group
+"""
+
+
+@POSIX
+def test_torchrun_on_the_cpu_of_a_machine_with_an_accelerator(pictures, tmp_path):
+    # Without a named backend, the group would have the accelerator's alone.
+    (tmp_path / "sitecustomize.py").write_text(ACCELERATOR)
+    run = [*SMALL, "--dataset", pictures, "--batch-size", 4, "--steps", 3]
+    out, _ = call("train.py", *run, cwd=tmp_path, processes=2, PYTHONPATH=str(tmp_path))
+    assert "trained in" in out
+    state = torch.load(tmp_path / "out" / "train_state.pt", weights_only=True)
+    assert state["step"] == 3
 
 
 def test_devices_that_are_not_here_are_refused(monkeypatch):

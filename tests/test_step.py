@@ -124,7 +124,7 @@ def test_training_in_bf16_follows_training_in_fp32(name):
         x = torch.rand(32, 3, 16, 16, device=device, generator=generator) * 2 - 1
         y = torch.randint(2, (32,), device=device, generator=generator)
         losses[precision] = []
-        for _ in range(40):
+        for _ in range(100):
             noise = torch.randn(x.shape, device=device, generator=generator)
             t = torch.rand(len(x), device=device, generator=generator).clamp_min(MIN_T)
             with autocast(device, precision):
