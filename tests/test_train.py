@@ -240,12 +240,13 @@ def test_every_size_runs(tmp_path, n, extra):
 
 def test_parts_of_a_batch_add_up_to_its_gradient(pictures, tmp_path):
     settings = [*SMALL, "--dataset", pictures, "--steps", 20, "--batch-size", 7]
-    for parts in (1, 3):  # of three, three, and one picture
+    for parts in (1, 3, 5):  # three parts of 3, 3 and 1 pictures; five are four, of 2, 2, 2 and 1
         run = ["--accumulate", parts, "--out-dir", f"out{parts}"]
         call("train.py", *settings, *run, cwd=tmp_path)
-    whole, other = (state(tmp_path / f"out{parts}")["model"] for parts in (1, 3))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
+    whole, *others = (state(tmp_path / f"out{parts}")["model"] for parts in (1, 3, 5))
+    for other in others:
+        for name, tensor in whole.items():
+            torch.testing.assert_close(other[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
