@@ -13,14 +13,13 @@ Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches
 each of the H attention heads is D numbers wide, and H * D = dim.
 """
 
-import contextlib
+from support import hub
+from support.settings import UserError, check_limits
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-
-import hub
 
 # v = (z_t - x) / t magnifies an error in x by 1/t, so training draws no t below this. Sampling may
 # go lower: to the network, every smaller t looks like this one.
@@ -55,6 +54,16 @@ class ConvNet(nn.Module):
         return self.convs[-1](x)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(D)) v, for q, k and v of shape (B, H, T, D)."""
+    if q.is_cpu and q.shape[2] <= 256:
+        # Written out: bf16 training is then up to 1.5 times as fast. 1/sqrt(D) multiplies q, as
+        # torch.compile would replace softmax(q k^T / sqrt(D)) v by the slower call below.
+        q = q * q.shape[3] ** -0.5
+        return (q @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens (B, T, dim)."""
 
@@ -68,20 +77,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, T, dim = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, dim // self.heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         q = self.scale * norm(q)
         k = norm(k)
         v = v.contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
-        if q.is_cpu and T <= 256:
-            # Written out: bf16 training is then up to 1.5 times as fast. 1/sqrt(D) multiplies q, as
-            # torch.compile would replace softmax(q k^T / sqrt(D)) v by the slower call below.
-            q = q * (dim // self.heads) ** -0.5
-            x = (q @ k.mT).softmax(dim=-1) @ v  # (B, H, T, D)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
-        x = x.transpose(1, 2).reshape(B, T, dim)
+        x = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, dim)
         return self.out(x)
 
 
@@ -110,7 +111,7 @@ def timestep_features(t):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class DiT(nn.Module, PyTorchModelHubMixin):
+class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=hub.CARD):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
     The arguments are JSON-serialisable, and are what config.json holds:
@@ -140,11 +141,13 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         conv_dim=0,
     ):
         super().__init__()
-        check_sizes(image_size, patch_size, dim, depth, heads, conv_dim)
+        sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim, "DEPTH": depth}
+        check_limits({**sizes, "HEADS": heads, "CONV_DIM": conv_dim, "CFG_SCALE": cfg_scale})
+        if conv_dim > 0 and patch_size % 2:
+            raise UserError(f"CONV_DIM {conv_dim} needs an even PATCH_SIZE, not {patch_size}")
         if not class_names or not all(isinstance(name, str) for name in class_names):
             raise UserError("class_names must be a list with one string per class")
         self.image_size = image_size
-        self.patch_size = patch_size
         self.class_names = list(class_names)
         self.dataset = dataset
         self.cfg_scale = cfg_scale
@@ -155,17 +158,15 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         # from its token alone: outlines break at the seams, and fine detail is lost. With conv_dim,
         # a stem extracts features from the noisy picture, the transformer works on patches of
         # these, and a head draws the clean picture from what the transformer adds and, as in a
-        # U-Net, from the features. If the patch size is even, stem and head convolve cells of 2 x 2
-        # pixels, which is faster; a patch of 8 x 8 pixels is then 4 x 4 cells.
+        # U-Net, from the features. Stem and head see cells of 2 x 2 pixels, which is faster.
         self.stem = self.head = None
-        self.cell_size, features_dim = 1, 3  # of a plain DiT: a cell is a pixel, its features RGB
+        self.patch_cells = patch_size  # cells along a side of a patch: pixels, in a plain DiT
+        patch_dim = 3 * patch_size**2  # numbers in a patch
         if conv_dim > 0:
-            self.cell_size = 2 if patch_size % 2 == 0 else 1
-            features_dim, cell_dim = conv_dim, 3 * self.cell_size**2
-            self.stem = ConvNet(dim, [cell_dim, conv_dim, conv_dim])
-            self.head = ConvNet(dim, [2 * conv_dim, conv_dim, conv_dim, cell_dim])
-        self.cells_per_side = patch_size // self.cell_size  # of a patch
-        patch_dim = features_dim * self.cells_per_side**2
+            self.patch_cells = patch_size // 2
+            patch_dim = conv_dim * self.patch_cells**2
+            self.stem = ConvNet(dim, [12, conv_dim, conv_dim])  # 12 numbers in 2 x 2 RGB pixels
+            self.head = ConvNet(dim, [2 * conv_dim, conv_dim, conv_dim, 12])
 
         self.patch_embedding = nn.Linear(patch_dim, dim)
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2, dim))
@@ -195,17 +196,17 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         z: (B,3,S,S) float, noisy pictures; t: (B,) in (0, 1], near 0 data, and at 1 noise;
         y: (B,) int64 class ids, where num_classes is the null class. Returns (B,3,S,S) float32.
         """
-        side = self.image_size // self.patch_size  # patches in a row
-
         # The condition is the same for all tokens: time plus class.
         c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
         c = F.silu(c)  # (B, dim)
 
-        # A plain DiT's features are the pixels; the stem's are (B, conv_dim, S/2, S/2) for even P.
-        features = self.stem(F.pixel_unshuffle(z, self.cell_size), c) if self.stem else z
+        features = z  # of a plain DiT: the pixels
+        if self.stem:
+            features = self.stem(F.pixel_unshuffle(z, 2), c)  # (B, conv_dim, S/2, S/2)
 
         # Patchify: every P x P patch becomes a token, of N = patch_dim features at first.
-        x = F.pixel_unshuffle(features, self.cells_per_side)  # (B, N, S/P, S/P)
+        x = F.pixel_unshuffle(features, self.patch_cells)  # (B, N, S/P, S/P)
+        grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)  # (B, T, N)
         x = self.patch_embedding(x) + self.positions  # (B, T, dim)
 
@@ -216,69 +217,32 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         x = self.final_layer(modulate(norm(x), shift, scale))  # (B, T, N)
 
         # Unpatchify, to the shape of the features.
-        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, N, S/P, S/P)
-        x = F.pixel_shuffle(x, self.cells_per_side)
+        x = x.transpose(1, 2).unflatten(2, grid)  # (B, N, S/P, S/P)
+        x = F.pixel_shuffle(x, self.patch_cells)
         if self.head:
             x = self.head(torch.cat([x, features], dim=1), c)
-            x = F.pixel_shuffle(x, self.cell_size)
+            x = F.pixel_shuffle(x, 2)
 
         # x (B, 3, S, S) is now the predicted clean picture. On the line from x to eps, z_t - x =
         # t (eps - x) = t v. The division is by the true t, so that the last Euler step, of length
         # t, ends at the predicted x.
         return (z.float() - x.float()) / t.float()[:, None, None, None]
 
+    # A trained network in a folder or on the Hub: DiT.from_pretrained("out"), .push_to_hub(...).
+
     @classmethod
-    def _from_pretrained(cls, *, model_id, strict=True, config=None, **kwargs):
-        """Like the mixin's, except that nothing is printed, and that missing weights and unknown
-        entries of config.json are errors."""
-        if "class_names" not in kwargs:
-            reasons = "is the name right, and are you logged in (`hf auth login`) if it is private?"
-            raise UserError(f"no config.json of a nanoDiT model at {model_id}: {reasons}")
-        unknown = set(config or {}) - set(kwargs)
-        if unknown:
-            raise UserError(f"{model_id} was made by another model.py, whose DiT takes {unknown}")
-        with contextlib.redirect_stdout(None):
-            model = super()._from_pretrained(model_id=model_id, strict=strict, **kwargs)
-        model.folder = hub.local_folder(model_id)
-        return model.eval()  # older versions of the mixin leave it in training mode
+    def from_pretrained(cls, checkpoint, **options):
+        """The network in a folder or at a Hub id, ready to sample from: see hub.load_network."""
+        return hub.load_network(cls, checkpoint, **options)
 
     def _save_pretrained(self, save_directory):
-        """Like the mixin's, plus what hub.complete adds; changes since loading are saved."""
-        for name in {"class_names", "dataset", "cfg_scale"} & self._hub_mixin_config.keys():
+        for name in ("class_names", "dataset", "cfg_scale"):  # you may have changed them
             self._hub_mixin_config[name] = getattr(self, name)
         super()._save_pretrained(save_directory)
-        hub.complete(save_directory, self.folder)
+        grid = hub.newest_grid(self.folder)
+        if grid:  # for the card
+            (save_directory / "grid.png").write_bytes(grid.read_bytes())
 
     def generate_model_card(self, **kwargs):
         """The README.md that save_pretrained and push_to_hub write beside the weights."""
-        return hub.make_card(self, self.folder, kwargs)
-
-
-def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):
-    """Raise UserError for sizes that cannot make a network, before any memory is allocated.
-    The sizes are named as the constants of train.py are."""
-    sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim}
-    sizes |= {"DEPTH": depth, "HEADS": heads, "CONV_DIM": conv_dim}
-    for name, size in sizes.items():
-        lowest = 0 if name == "CONV_DIM" else 1
-        if not isinstance(size, int) or size < lowest:
-            raise UserError(f"{name} is {size!r}: it must be a whole number, at least {lowest}")
-    if image_size % patch_size:
-        raise UserError(f"IMAGE_SIZE {image_size} is not a multiple of PATCH_SIZE {patch_size}")
-    if dim % heads:
-        raise UserError(f"DIM {dim} is not a multiple of HEADS {heads}")
-    # A config.json may come from anywhere: refuse what would take gigabytes for its weights alone.
-    # A block has 18 dim^2 of them: attention 4, MLP 8, modulation 6. The convolutions have about
-    # 36 conv_dim^2, and their modulations 6 dim conv_dim.
-    tokens = (image_size // patch_size) ** 2
-    weights = dim * (18 * depth * dim + 2 * max(3, conv_dim) * patch_size**2 + tokens)
-    weights += conv_dim * (36 * conv_dim + 6 * dim)
-    if depth > 1000 or tokens > 100_000 or weights > 1e9:
-        raise UserError(
-            f"a network of DEPTH {depth} with {tokens:,} tokens and {weights:,} weights is too "
-            "large: lower IMAGE_SIZE, DIM or DEPTH, or raise PATCH_SIZE"
-        )
-
-
-class UserError(Exception):
-    """An error that the user can fix: the scripts print it as one line and exit with status 2."""
+        return super().generate_model_card(**hub.card_facts(self), **kwargs)

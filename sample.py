@@ -7,44 +7,54 @@
     python sample.py --eta 1                        # fresh noise in each step, for better shapes
     python sample.py --checkpoint you/butterflies   # a model from the Hub
 
-Prints the paths of the grid and of the animation.
+Prints the paths of the grid and of the animation. Without --output, the grid goes to
+samples/class-<ids>-seed-<seed>.png, or to a longer name if further flags decide what is in it.
+--save-images DIR also writes each picture, as DIR/<class name>/<n>.png; DIR must be new, or empty.
+--cfg-scale is the guidance: by default the model's own, usually 3; 1 disables it. --eta goes from
+0, the default, for no fresh noise to 1, as in DDPM.
 """
 
-import functools
 import math
+import re
+import unicodedata
+import zlib
 from pathlib import Path
+
+from support.checkpoint import save_picture
+from support.machine import autocast, pick_device
+from support.settings import UserError, command_line, new_parser, number, png_path, run_command
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-import common
-from model import UserError
+from model import DiT
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths bend gently
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
+GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
+
+
+# The method: how noise becomes a picture.
 
 
 @torch.no_grad()
-def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=None, renew=None):
+def euler_states(model, class_ids, steps, cfg_scale, noise, eta=0, generator=None):
     """Integrate dz/dt = v from noise (t = 1) to data (t = 0), with classifier-free guidance.
 
         v = v_null + w (v_class - v_null)    w = cfg_scale
         z <- z - v / steps                   at t = 1, 1 - 1/steps, ..., 1/steps
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
-    class_ids: (B,) int64. noise: (B,3,S,S), standard normal. record, if given, is called with z at
-    the start and after every step. renew, if given, is called after every step with z, t, the v
-    that led there and 1/steps, and returns the z to continue from: see common.renew_noise. Returns
-    x (B,3,S,S), about -1 to 1 and not clamped. The network runs once per step, on 2B pictures (B if
-    w = 1). Ho & Salimans 2022, arXiv 2207.12598.
+    class_ids: (B,) int64. noise: (B,3,S,S), standard normal. eta: how much of the noise is renewed
+    after each step, from 0 for none to 1; the fresh noise comes from the generator. Yields z
+    (B,3,S,S) at the start and after every step; the last is x, about -1 to 1 and not clamped. The
+    network runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
     """
     z = noise
     y = torch.as_tensor(class_ids, device=z.device)
     y_null = torch.full_like(y, model.num_classes)
-    if record:
-        record(z)
+    yield z
     for step in range(steps):
         t = torch.full((len(z),), 1 - step / steps, device=z.device)
         if cfg_scale == 1:
@@ -56,33 +66,61 @@ def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, record=Non
             v = v_null + cfg_scale * (v_class - v_null)
         # An Euler step, against v: t falls by 1/steps, from noise towards data.
         z = z - v / steps
-        if renew:
-            z = renew(z, 1 - (step + 1) / steps, v, 1 / steps)
-        if record:
-            record(z)
+        if eta > 0:
+            z = renew_noise(z, 1 - (step + 1) / steps, v, 1 / steps, eta, generator)
+        yield z
+
+
+def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, eta=0, generator=None):
+    """The end of euler_states, which has the same arguments: pictures x (B,3,S,S)."""
+    for z in euler_states(model, class_ids, steps, cfg_scale, noise, eta, generator):
+        pass
     return z
 
 
-def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, record=None, eta=0):
+def renew_noise(z, t, v, dt, eta, generator):
+    """Replace part of the noise in z_t by fresh noise, after an Euler step from t + dt to t by the
+    velocity v. This also washes out errors of earlier steps.
+
+    eta = 0 keeps all noise. eta = 1 replaces as much as going from t to t + dt would, from data
+    towards noise: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv 2010.02502.
+    """
+    eps = z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
+    correlation = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of the noise at t and at t + dt
+    fresh = eta * math.sqrt(1 - correlation**2)
+    new_eps = torch.randn(z.shape, generator=generator).to(z.device)
+    return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * new_eps - eps)
+
+
+def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
-    Yields uint8 (b,3,S,S) on the CPU, in the order of class_ids. The default guidance is the
-    model's own. `record` sees every batch. eta, from 0 to 1: how much of the noise each step
-    renews; above 0, the pictures also depend on how many are sampled together.
+    Yields, for each batch, what euler_states does: an iterator to be used up before the next. The
+    default guidance is the model's own. With eta > 0, pictures also depend on how many are sampled
+    together.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
     device = next(model.parameters()).device
+    network = autocast(device)(model)  # the model, called in that context
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(seed)
-    renew = functools.partial(common.renew_noise, eta=eta, generator=generator) if eta else None
     for y in class_ids.split(batch_size):
         shape = (len(y), 3, model.image_size, model.image_size)
         noise = torch.randn(shape, generator=generator).to(device)
-        with common.autocast(device):
-            x = sample_conditional_cfg(model, y.to(device), steps, cfg_scale, noise, record, renew)
-        yield to_uint8(x)
+        yield euler_states(network, y.to(device), steps, cfg_scale, noise, eta, generator)
+
+
+def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
+    """Like generate_states, but yields the pictures of each batch: uint8 (b,3,S,S), on the CPU."""
+    for states in generate_states(model, class_ids, seed, steps, cfg_scale, eta):
+        for z in states:
+            pass
+        yield to_uint8(z)
+
+
+# Pictures
 
 
 def to_uint8(x):
@@ -97,62 +135,91 @@ def to_grid(pictures, columns=None):
     return to_pil_image(make_grid(pictures, nrow=columns))
 
 
+def save_gif(frames, path):
+    """Write PIL images as an animation, whose last frame stays for a while."""
+    small = []
+    for frame in frames:
+        # Few colours and a limited size: noise does not compress.
+        frame.thumbnail((GIF_SIZE, GIF_SIZE))
+        small.append(frame.quantize(64))
+    durations = [80] * (len(small) - 1) + [2000]  # milliseconds
+    save_picture(small[0], path, save_all=True, append_images=small[1:], duration=durations, loop=0)
+
+
+# The command line
+
+
 def parse_flags(arguments):
-    parser = common.new_parser(__doc__)
-    count = common.int_in_range(1)
-
-    group = parser.add_argument_group("what to sample")
-    one_of = group.add_mutually_exclusive_group()
-    one_of.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
-    one_of.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
-    one_of.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
-    text = "pictures per class (default: 4, or 1 if no class is given)"
-    group.add_argument("--num-images", type=count, metavar="N", help=text)
-
-    group = parser.add_argument_group("how to sample")
-    text = "a folder or a Hub id (default: %(default)s)"
-    group.add_argument("--checkpoint", default="out", metavar="MODEL", help=text)
-    text = "Euler steps (default: %(default)s)"
-    group.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
-    text = "classifier-free guidance; 1 disables it (default: the model's own, usually 3)"
-    group.add_argument("--cfg-scale", type=common.parse_finite, metavar="W", help=text)
-    text = "fresh noise in each step: from 0 for none to 1 as in DDPM (default: %(default)g)"
-    group.add_argument("--eta", type=common.parse_share, default=0, metavar="ETA", help=text)
-    text = "seed of the noise (default: %(default)s)"
-    group.add_argument("--seed", type=common.int_in_range(0), default=0, metavar="N", help=text)
-    text = "auto, cuda, mps or cpu (default: %(default)s)"
-    group.add_argument("--device", default="auto", metavar="NAME", help=text)
-
-    group = parser.add_argument_group("what to write")
-    text = "the grid (default: samples/class-<ids>-seed-<seed>.png, plus further flags)"
-    group.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
-    group.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
-    text = "also every picture, as DIR/<class name>/<n>.png"
-    group.add_argument("--save-images", type=Path, metavar="DIR", help=text)
-
-    return parser.parse_args(arguments)
+    parser = new_parser(__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
+    which.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
+    which.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
+    parser.add_argument("--num-images", type=number(int, 1), metavar="N", help="of each class")
+    parser.add_argument("--checkpoint", default="out", metavar="MODEL", help="a folder or a Hub id")
+    parser.add_argument("--steps", type=number(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
+    parser.add_argument("--cfg-scale", type=number(float), metavar="W", help="guidance")
+    parser.add_argument("--eta", type=number(float, 0, 1), help="share of the noise to renew")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
+    parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
+    parser.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
+    parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
+    return parser.parse_args(command_line() if arguments is None else arguments)
 
 
 def chosen_classes(flags, class_names):
     """The class ids selected by the flags, without duplicates; [] if they select none."""
     class_ids = list(flags.class_id or [])
-    for name in flags.class_name or []:
-        class_ids.append(common.find_class(name, class_names))
-    for class_id in class_ids:
-        if not 0 <= class_id < len(class_names):
-            ids = f"0 to {len(class_names) - 1}"
-            raise UserError(f"--class-id {class_id} is not a class of this model, which has {ids}")
+    class_ids += [find_class(name, class_names) for name in flags.class_name or []]
+    unknown = set(class_ids) - set(range(len(class_names)))
+    if unknown:
+        raise UserError(f"--class-id {min(unknown)} is not from 0 to {len(class_names) - 1}")
     return list(dict.fromkeys(class_ids))  # a class given twice has one row of the grid
+
+
+def find_class(name, class_names):
+    """The id of a class by its name. Case is ignored, and accents may be typed in either of
+    Unicode's ways. Raises UserError if there is no such class, or several."""
+    forms = [unicodedata.normalize("NFC", known).casefold() for known in (name, *class_names)]
+    if forms[1:].count(forms[0]) != 1:
+        raise UserError(f'"{name}" is not the name of one class of this model: see --list-classes')
+    return forms[1:].index(forms[0])
+
+
+def name_grid(flags, class_ids):
+    """Where the grid goes: samples/class-3-seed-0.png, or a longer name if other flags decide what
+    is in it, so that no two requests write the same file."""
+    name = f"class-{'-'.join(map(str, class_ids)) or 'all'}-seed-{flags.seed}"
+    for flag in ("checkpoint", "num_images", "steps", "cfg_scale", "eta"):
+        value = getattr(flags, flag)
+        if value not in (None, "out"):
+            name += f"-{flag}-{value}"
+    safe = re.sub(r"[^\w.-]", "-", name)[:100]
+    if safe != name:
+        safe += f"-{zlib.crc32(name.encode()):08x}"
+    return Path("samples", f"{safe}.png")
+
+
+def folder_names(class_names):
+    """A folder name for each class: a model from elsewhere may have a class called ../.. or two
+    that differ by case alone; then all are called by their class ids."""
+    unsafe = [name for name in class_names if re.search(r"[^\w ,.()&'+-]|^\.|[. ]$|^$|.{60}", name)]
+    if unsafe or len({name.casefold() for name in class_names}) < len(class_names):
+        return [f"class-{class_id}" for class_id in range(len(class_names))]
+    return class_names
 
 
 def main(arguments=None):
     """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
     flags = parse_flags(arguments)
-    model = common.load_model(flags.checkpoint).to(common.pick_device(flags.device))
+    model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
     if flags.list_classes:
-        for class_id, name in enumerate(model.class_names):
-            print(f"{class_id:4} {name}")
+        print("\n".join(f"{i:4} {name}" for i, name in enumerate(model.class_names)))
         return
+    directory = flags.save_images
+    if directory and directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise UserError(f"{directory} is not empty: choose a new folder for --save-images")
 
     # Which pictures: a row for each class; or, if there is just one of every class, a block.
     chosen = chosen_classes(flags, model.class_names)
@@ -160,37 +227,26 @@ def main(arguments=None):
     class_ids = torch.tensor(chosen or range(model.num_classes)).repeat_interleave(per_class)
     columns = per_class if chosen or per_class > 1 else None
 
-    # Where they go. What could be in the way is found out before the work begins.
-    output = flags.output or common.name_grid(flags, chosen, DEFAULT_STEPS)
-    common.make_folder(output.parent)
-    files = []
-    if flags.save_images:
-        files = common.prepare_files(flags.save_images, model.class_names, class_ids)
+    # What is shown of each batch: its states for an animation, or else the last of them.
+    shown = []
+    how = {"seed": flags.seed, "cfg_scale": flags.cfg_scale, "eta": flags.eta or 0}
+    for batch in generate_states(model, class_ids, steps=flags.steps or DEFAULT_STEPS, **how):
+        states = [to_uint8(z) for z in batch]
+        shown.append(states if flags.gif else states[-1:])
+    frames = [torch.cat(parts) for parts in zip(*shown)]
 
-    pictures = []
-    states = []  # of the current batch: its noise, and what every step made of it
-    states_per_batch = []
-    record = states.append if flags.gif else None
-    how = (flags.seed, flags.steps, flags.cfg_scale, record, flags.eta)
-    # A few pictures need no progress bar.
-    with tqdm(total=len(class_ids), unit="picture", disable=len(class_ids) <= MAX_BATCH) as bar:
-        for batch in generate(model, class_ids, *how):
-            for picture in batch:
-                if files:
-                    common.save_picture(to_pil_image(picture), files[len(pictures)])
-                pictures.append(picture)
-            states_per_batch.append([to_uint8(z) for z in states])
-            states.clear()
-            bar.update(len(batch))
-
-    common.save_picture(to_grid(torch.stack(pictures), columns), output)
+    output = flags.output or name_grid(flags, chosen)
+    save_picture(to_grid(frames[-1], columns), output)
     print(output)
     if flags.gif:
-        gif = output.with_suffix(".gif")
-        frames = [torch.cat(parts) for parts in zip(*states_per_batch)]  # one for every step
-        common.save_gif([to_grid(frame, columns) for frame in frames], gif)
-        print(gif)
+        save_gif([to_grid(frame, columns) for frame in frames], output.with_suffix(".gif"))
+        print(output.with_suffix(".gif"))
+    if directory:
+        folders = folder_names(model.class_names)
+        for i, (picture, class_id) in enumerate(zip(frames[-1], class_ids.tolist())):
+            path = directory / folders[class_id] / f"{i % per_class}.png"
+            save_picture(to_pil_image(picture), path)
 
 
 if __name__ == "__main__":
-    common.run_command(main, if_out_of_memory="lower MAX_BATCH in sample.py")
+    run_command(main, if_out_of_memory="lower MAX_BATCH in sample.py")

@@ -1,23 +1,29 @@
 """Train nanoDiT: a class-conditional diffusion transformer, as a rectified flow.
 
     python train.py --preset laptop            # drawn butterflies: three minutes on two CPU cores
-    python train.py                            # photographs from the Hub: sized for one large GPU
+    python train.py                            # photographs from the Hub: two hours on two cores
     python train.py --dataset my_pictures      # a folder with one subfolder of pictures per class
     python train.py --resume                   # continue the run in out/, whatever stopped it
     torchrun --nproc_per_node=8 train.py       # the same training on eight GPUs
 
 Every setting is a constant at the top of train.py, and also a flag of the same name. A run writes
-everything to its OUT_DIR.
+everything to its OUT_DIR. A folder of pictures without class folders may hold a CSV table with the
+columns filename and label; without one, it is a single class.
 """
 
 import argparse
 import copy
 import json
 import math
+import shlex
 import signal
 import sys
 import time
 from pathlib import Path
+
+from support import checkpoint, machine, settings
+from support.machine import autocast, to_device
+from support.settings import UserError, print_once
 
 import torch
 import torch.distributed as dist
@@ -25,15 +31,16 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import common
 import sample
-from data.images import held_out, load_dataset
-from model import MIN_T, DiT, UserError
+from data.images import load_dataset
+from model import MIN_T, DiT
 
-imported = set(globals())  # the names above, which are not settings even if upper-case
+# Names that are no settings even if upper-case: those above, except what this file itself has
+# assigned, if a notebook runs it a second time.
+imported = globals().keys() - globals().get("SETTINGS", {}).keys()
 
 # --- input and output ---
-DATASET = "sayakpaul/butteflies_with_classes"  # a Hub id, a folder of class folders, or "drawn"
+DATASET = "sayakpaul/butteflies_with_classes"  # a folder, a packed file, a Hub id, or "drawn"
 OUT_DIR = "out"  # where checkpoints, the log and sample grids go
 EVAL_EVERY = 250  # steps between rows of log.csv, with the held-out loss
 SAMPLE_EVERY = 1000  # steps between grids in samples/
@@ -45,16 +52,16 @@ IMAGE_SIZE = 64  # pixels per side, after resizing and cropping; a multiple of P
 FLIP_SHARE = 0.5  # share of pictures that are mirrored; 0 if left and right matter, as in text
 
 # --- model ---
-PATCH_SIZE = 4  # pixels per side of a patch; halving it costs four times the compute
-DIM = 384  # width of the transformer; a multiple of HEADS
-DEPTH = 12  # transformer blocks
+PATCH_SIZE = 8  # pixels per side of a patch; halving it costs four times the compute
+DIM = 192  # width of the transformer; a multiple of HEADS
+DEPTH = 6  # transformer blocks
 HEADS = 6  # attention heads in each block
-CONV_DIM = 0  # channels of convolutions around the blocks, for finer detail; 0 for a plain DiT
+CONV_DIM = 64  # channels of convolutions around the blocks, for finer detail; 0 for a plain DiT
 
 # --- optimizer ---
-STEPS = 12000  # optimizer steps of the whole run
-BATCH_SIZE = 256  # pictures per step, over all GPUs
-LEARNING_RATE = 4e-4  # peak learning rate of AdamW; smaller networks allow a higher one
+STEPS = 25000  # optimizer steps of the whole run
+BATCH_SIZE = 32  # pictures per step, over all GPUs
+LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
 LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
@@ -65,7 +72,7 @@ CFG_SCALE = 3.0  # guidance of the grids, and of sample.py with this network; 1 
 
 # --- schedule ---
 WARMUP_STEPS = 200  # learning rate warmup, capped at a tenth of the run
-DECAY_SHARE = 0.4  # last part of the run, over which the learning rate decays to zero
+DECAY_SHARE = 0.8  # last part of the run, over which the learning rate decays to zero
 
 # --- timesteps, logit-normal: t = sigmoid(T_MEAN + T_STD n), n normal (arXiv 2403.03206) ---
 T_MEAN = 0.4  # above 0 favours noisier pictures, in which shapes and colours are decided
@@ -78,36 +85,20 @@ PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the hardware supports it; gri
 COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
 
 # Every upper-case bool, int, float or str above, including any that you add, is a setting: it gets
-# a flag, and is saved with the run for --resume.
+# a flag, and is saved with the run for --resume. These are the values in this file; during a run,
+# flags and presets change the constants themselves.
 SETTINGS = {
     name: value
     for name, value in globals().items()
-    if name.isupper() and name not in imported and isinstance(value, (bool, int, float, str))
+    if name.isupper() and name not in imported and isinstance(value, settings.TYPES)
 }
 
-# Presets: they win over edits of the constants above, and flags win over both.
-LAPTOP = {  # the drawn butterflies, and a network that two CPU cores train in three minutes
-    "DATASET": "drawn",
-    "PATCH_SIZE": 8,
-    "DIM": 96,
-    "DEPTH": 6,
-    "HEADS": 3,
-    "STEPS": 2600,
-    "BATCH_SIZE": 16,
-    "LEARNING_RATE": 3e-3,
-    "EMA_DECAY": 0.998,
+# A preset is a line of flags, which others may follow.
+PRESETS = {
+    # The drawn butterflies, and a network that two CPU cores train in three minutes.
+    "laptop": "--dataset drawn --steps 2600 --batch-size 16 --dim 96 --heads 3 --conv-dim 0 "
+    "--learning-rate 3e-3 --decay-share 0.4 --ema-decay 0.998 --sample-every 400"
 }
-SMALL = {  # photographs, and a network that two CPU cores train in 134 minutes
-    "PATCH_SIZE": 8,
-    "DIM": 192,
-    "DEPTH": 6,
-    "STEPS": 25000,
-    "BATCH_SIZE": 32,
-    "LEARNING_RATE": 2e-3,
-    "DECAY_SHARE": 0.8,
-    "CONV_DIM": 64,
-}
-PRESETS = {"laptop": LAPTOP, "small": SMALL}
 
 # The settings that are arguments of DiT(): if you give it a new one, add the constant here.
 MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
@@ -135,28 +126,27 @@ def rectified_flow_loss(model, x, y, t, noise):
     return F.mse_loss(model(z_t, t, y), v)
 
 
-def random_batch(images, labels, num_classes, step):
+def random_batch(images, labels, train_ids, num_classes, step):
     """The training batch of a step, which SEED and the step determine.
 
-    images: uint8 (N,3,S,S); labels: (N,). Returns pictures x (B,3,S,S) in [-1, 1], class ids y
-    (B,), of which some are num_classes, the null class, times t (B,) from MIN_T to 1, and noise
-    (B,3,S,S).
+    images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N are trained on. Returns
+    pictures x (B,3,S,S) in [-1, 1], class ids y (B,), of which some are num_classes, the null
+    class, times t (B,) from MIN_T to 1, and noise (B,3,S,S).
     """
     # Drawn on the CPU, so that every process and every kind of device has the same batch. The
     # factor keeps runs with neighbouring seeds from sharing batches.
     generator = torch.Generator().manual_seed((SEED * 1_000_003 + step) % 2**63)
-    indices = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+    indices = torch.randint(len(train_ids), (BATCH_SIZE,), generator=generator)
     flipped = torch.rand(BATCH_SIZE, generator=generator) < FLIP_SHARE
     dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROP
     n = torch.randn(BATCH_SIZE, generator=generator)
     noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
     t = torch.sigmoid(T_MEAN + T_STD * n).clamp_min(MIN_T)
 
-    drawn = (indices, flipped, dropped, t, noise)
-    indices, flipped, dropped, t, noise = common.to_device(drawn, images.device)
-    x = images[indices].float() / 127.5 - 1
+    chosen = train_ids[indices]
+    x = images[chosen].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    y = torch.where(dropped, num_classes, labels[indices])
+    y = torch.where(dropped, num_classes, labels[chosen])
     return x, y, t, noise
 
 
@@ -167,30 +157,41 @@ def micro_batches(batch, rank, world_size):
     return list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
 
 
+def held_out(labels):
+    """Which pictures are for validation: a mask (N,) of every twentieth, counted through all
+    classes of at least four pictures; of very many, about 1,000. Others keep theirs for training.
+    """
+    counts = labels.bincount()
+    candidates = (counts[labels] >= 4).nonzero().flatten()
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[candidates[:: max(20, len(candidates) // 1000)]] = True
+    return mask
+
+
 @torch.no_grad()
-def validation_loss(model, images, labels, times=EVAL_T):
-    """Mean loss over uint8 images (N,3,S,S) and times, as a float. The noise is always the same, so
-    that the losses of two runs can be compared."""
+def validation_loss(model, images, labels, val_ids, times=EVAL_T):
+    """Mean loss over those of the uint8 images (N,3,S,S) and over times, as a float. The noise is
+    always the same, so that the losses of two runs can be compared."""
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     total = 0.0
-    batches = zip(images.split(sample.MAX_BATCH), labels.split(sample.MAX_BATCH))
-    for batch_images, y in batches:
-        x = batch_images.float() / 127.5 - 1
+    for ids in val_ids.split(sample.MAX_BATCH):
+        x = images[ids].float() / 127.5 - 1
         for t_value in times:
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            t = torch.full((len(x),), t_value, device=x.device)
-            with common.autocast(x.device, PRECISION):
-                total += rectified_flow_loss(model, x, y, t, noise) * len(x)
-    return total.item() / (len(images) * len(times))
+            noise = torch.randn(x.shape, generator=generator)
+            t = torch.full((len(x),), t_value)
+            batch = to_device((x, labels[ids], t, noise), device)
+            with autocast(device, PRECISION):
+                total += rectified_flow_loss(model, *batch) * len(x)
+    return total.item() / (len(val_ids) * len(times))
 
 
-def learning_rate_at(step):
-    """Linear warmup, then constant, then a linear decay that would reach zero after step STEPS."""
+def learning_rate_factor(step):
+    """Of each group's own learning rate: linear warmup, then 1, then a linear decay that would
+    reach zero after step STEPS."""
     warmup_steps = max(1, min(WARMUP_STEPS, STEPS // 10))
     decay_steps = max(1, DECAY_SHARE * STEPS)
-    warmup = step / warmup_steps
-    decay = (STEPS + 1 - step) / decay_steps
-    return LEARNING_RATE * min(1, warmup, decay)
+    return min(1, step / warmup_steps, (STEPS + 1 - step) / decay_steps)
 
 
 @torch.no_grad()
@@ -204,11 +205,15 @@ def update_ema(ema, model, step):
         buffer.copy_(newest)
 
 
-def new_model(class_names):
-    """A DiT of the sizes in the constants, with random weights."""
-    sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
-    dataset = Path(DATASET).resolve().name if Path(DATASET).is_dir() else DATASET
-    return DiT(class_names=class_names, dataset=dataset, cfg_scale=CFG_SCALE, **sizes)
+def load_initial_weights(name, model):
+    """Give `model` the weights of the trained network in a folder or at a Hub id; if its classes
+    are others, the class embeddings stay random. Raises UserError if the sizes differ."""
+    trained = DiT.from_pretrained(name)
+    weights = trained.state_dict()
+    if trained.class_names != model.class_names:
+        print_once(f"{name} has other classes: the class embeddings start from random values")
+        weights["class_embedding.weight"] = model.class_embedding.weight
+    checkpoint.load_weights(model, weights, f"--init-from {name} has other sizes")
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -216,55 +221,44 @@ def new_model(class_names):
 
 def parse_flags(arguments=None, description=__doc__):
     """The command line as two dictionaries: how to begin, and the settings among the flags."""
-    parser = common.new_parser(description, argument_default=argparse.SUPPRESS)
-    group = parser.add_argument_group("how to begin")
-    group.add_argument("--preset", choices=PRESETS, help="change several settings at once")
-    group.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
-    one_of = group.add_mutually_exclusive_group()
+    parser = settings.new_parser(description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, help="change several settings at once")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
+    one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
-    common.add_setting_flags(parser, SETTINGS, source_file=__file__)
-    if arguments is None and "ipykernel" in sys.modules and __name__ != "__main__":
-        arguments = []  # a notebook's command line is that of its kernel
+    settings.add_setting_flags(parser, SETTINGS, source_file=globals().get("__file__"))
+    arguments = settings.command_line() if arguments is None else arguments
     options = vars(parser.parse_args(arguments))
+    if "preset" in options:
+        arguments = [*PRESETS[options["preset"]].split(), *arguments]
+        options = vars(parser.parse_args(arguments))
     if "resume" in options and "overwrite" in options:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
     flags = {name: options.pop(name) for name in SETTINGS if name in options}
     return options, flags
 
 
-def resume_settings(state, preset, flags):
-    """Set the constants to those of the resumed run, except for what the flags change. Raises
-    UserError if a flag or the preset would make it another run."""
-    saved = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
-    wanted = {**saved, **preset, **flags}
-    for name in (*MODEL_SETTINGS, "SEED"):
-        if wanted[name] != saved[name]:
-            raise UserError(f"--resume: {name} is {saved[name]} in {OUT_DIR}, not {wanted[name]}")
-    common.print_kept_settings(saved, globals(), flags)
-    globals().update({**saved, **flags, "OUT_DIR": OUT_DIR})
-
-
-# Checkpoints
-
-
-def save_checkpoint(model, ema, optimizer, progress, required=True):
-    """Write the EMA weights, and train_state.pt with everything that --resume needs.
-
-    progress: {"step": the last one done, "seconds": time spent, "losses": since the last row of the
-    log, "pictures": of each class}. Raises UserError if it cannot be written; the last checkpoint
-    stays. If this one is not required, a file that another program holds is only a warning.
-    """
-    state = {
-        **progress,
-        # Through JSON, for plain types: torch.load would refuse a constant that is a NumPy float.
-        "settings": json.loads(json.dumps({name: globals()[name] for name in SETTINGS})),
-        "class_names": model.class_names,
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    common.write_checkpoint(Path(OUT_DIR), ema, state, required)
+def apply_settings(options, flags):
+    """Change the constants as the flags say, and check them. Returns the state of the run to be
+    continued, or None. Raises UserError for what no run, or not this one, could be trained with."""
+    changed, state = flags, None
+    out = Path(flags.get("OUT_DIR", OUT_DIR)).expanduser()
+    if "resume" in options:
+        state = checkpoint.load_state(out / "train_state.pt")
+        saved = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
+        for name in (*MODEL_SETTINGS, "SEED"):
+            if flags.get(name, saved[name]) != saved[name]:
+                raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {flags[name]}")
+        changed = {**saved, **flags}
+    globals().update(changed, OUT_DIR=str(out))
+    values = {name: globals()[name] for name in SETTINGS}
+    settings.check_limits(values)
+    globals().update(values)  # 1e4 has become 10000
+    if not state and "overwrite" not in options:
+        if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
+            raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
+    return state
 
 
 def main(arguments=None):
@@ -272,108 +266,110 @@ def main(arguments=None):
     none in a notebook. Flags change constants of this module, which main() puts back."""
     constants = {name: globals()[name] for name in SETTINGS}
     try:
-        train(*parse_flags(arguments))
+        options, flags = parse_flags(arguments)
+        state = apply_settings(options, flags)
+        if state and state["step"] >= STEPS:
+            print_once(f"{OUT_DIR} is finished; more --steps raise the learning rate again")
+            return
+        with checkpoint.the_only_run(Path(OUT_DIR)):
+            train(state, options.get("init_from"))
     finally:
         globals().update(constants)
-        common.unlock_folder()
 
 
-def train(options, flags):
-    """The whole run, from top to bottom. The arguments are what parse_flags returns."""
-    # Settings: a preset changes the constants, then the flags do; a resumed run has its own.
-    preset = PRESETS.get(options.get("preset"), {})
-    common.check_preset(preset, SETTINGS)
-    globals().update({**preset, **flags})
-    common.expand_home(globals(), "OUT_DIR")
-    out, state = Path(OUT_DIR), None
-    if "resume" in options:
-        state = common.load_state(out / "train_state.pt")
-        resume_settings(state, preset, flags)
-    common.expand_home(globals(), "DATASET")
-    common.check_settings(globals())
-    if state and state["step"] >= STEPS:
-        common.print_once(f"the run in {out} is finished; raise --steps above {state['step']}")
-        return
-    if not state and "overwrite" not in options:
-        common.check_holds_no_run(out)
-
+def train(state, init_from):
+    """The whole run, from top to bottom. state: of the run to be continued, or None. init_from:
+    where a new run has its first weights from; None for random ones."""
     # Device and processes. torchrun starts several, of which only the master writes files.
-    device, rank, world_size = common.start_process(common.pick_device(DEVICE), BATCH_SIZE)
+    out = Path(OUT_DIR)
+    device = machine.pick_device(DEVICE)
+    rank, world_size = machine.start_process(device, BATCH_SIZE)
     master = rank == 0
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
-    # Data: all pictures stay on the device.
-    common.make_folder(out / "samples")
-    if master:
-        common.lock_folder(out)
+    # Data: all pictures stay in the machine's memory; those held out are indices.
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
-    train_images, train_labels = images[~is_val].to(device), labels[~is_val].to(device)
-    val_images, val_labels = train_images, train_labels  # if there are too few to hold any out
-    if is_val.any():
-        val_images, val_labels = images[is_val].to(device), labels[is_val].to(device)
-    class_sizes = labels.bincount().tolist()
-    del images, labels  # both parts are copies
+    train_ids = (~is_val).nonzero().flatten()
+    # If there are too few of each class to hold any out, the loss is of what is trained on.
+    val_ids = is_val.nonzero().flatten() if is_val.any() else train_ids[:1000]
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
     torch.manual_seed(SEED)
-    model = new_model(class_names).to(device)
-    if "init_from" in options:
-        common.load_initial_weights(options["init_from"], model)
+    sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
+    dataset = Path(DATASET).resolve().name if Path(DATASET).exists() else DATASET
+    model = DiT(class_names=class_names, dataset=dataset, cfg_scale=CFG_SCALE, **sizes).to(device)
+    if init_from:
+        load_initial_weights(init_from, model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
-    progress = {"step": 0, "seconds": 0.0, "losses": [], "pictures": class_sizes}
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    steps_done, seconds_before = 0, 0.0
+    losses, rows = [], []  # since the last row of the log; and its rows
     if state:
-        common.restore_state(state, model, ema, optimizer, class_sizes)
-        progress |= {name: state[name] for name in ("step", "seconds", "losses")}
-    steps_done = progress["step"]
-    losses = [loss.to(device) for loss in progress["losses"]]  # since the last row of the log
-    flops = common.flops_per_image(new_model, class_names, rectified_flow_loss)
-    run_flops = flops * BATCH_SIZE * STEPS
-    if COMPILE == "on" or (COMPILE == "auto" and common.compiling_pays(device, run_flops)):
-        batch = random_batch(train_images, train_labels, model.num_classes, step=1)
-        part = micro_batches(batch, rank, world_size)[0]
-        uneven = BATCH_SIZE % (world_size * ACCUMULATE) > 0  # parts differ in size
-        with common.autocast(device, PRECISION):
-            common.compile_model(model, lambda: rectified_flow_loss(model, *part), uneven)
+        checkpoint.restore_state(state, model, ema, optimizer)
+        steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
+        losses = [loss.to(device) for loss in state["losses"]]
+    precision = "bf16" if machine.uses_bf16(device, PRECISION) else "fp32"
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
+    print_once(f"{len(images)} pictures, {is_val.sum()} of them held out")
+    print_once(f"each picture is seen about {STEPS * BATCH_SIZE / len(images):.2g} times")
+    print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
+    pays = machine.compiling_pays(device, parameters * len(model.positions) * BATCH_SIZE * STEPS)
+    if COMPILE == "on" or (COMPILE == "auto" and pays):
+        machine.compile_model(model)
     parallel_model = DistributedDataParallel(model) if world_size > 1 else model
 
-    # Files. DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
-    grid_size = min(len(class_names), 75)  # of more classes, evenly spread ones
-    grid_classes = torch.linspace(0, len(class_names) - 1, grid_size).round().long()
-    if master:
-        common.print_summary(model, is_val, flops, device, PRECISION)
-        if not state:
-            common.delete_files((out / "samples").glob("step-*.png"))  # of an overwritten run
-            save_checkpoint(model, ema, optimizer, progress)  # from here on --resume works
-        log = common.Log(out / "log.csv", steps_done)
+    def save_checkpoint(step):
+        """Write the EMA weights, and train_state.pt with everything that --resume needs."""
+        # Through JSON, for plain types: torch.load would refuse a NumPy float.
+        constants = json.loads(json.dumps({name: globals()[name] for name in SETTINGS}))
+        new_state = {"step": step, "settings": constants, "class_names": class_names}
+        new_state |= {"seconds": time.perf_counter() - started, "losses": losses, "log": rows}
+        new_state |= {"model": model.state_dict(), "ema": ema.state_dict()}
+        new_state |= {"optimizer": optimizer.state_dict()}
+        new_state |= {"optimizer_is": checkpoint.describe_optimizer(optimizer)}
+        checkpoint.save_checkpoint(out, ema, new_state)
+
+    # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
+    started = time.perf_counter() - seconds_before
+    if master and not state:
+        for file in [out / "log.csv", *out.glob("samples/step-*.png")]:  # of an overwritten run
+            file.unlink(missing_ok=True)
+        save_checkpoint(step=0)  # from here on --resume works
+    grid_classes = torch.arange(len(class_names))[:75]
 
     # The loop
-    max_norm = GRAD_CLIP if GRAD_CLIP > 0 else math.inf
-    started = time.perf_counter() - progress["seconds"]
-    last_row_step, last_row_time = steps_done, time.perf_counter()
+    resume = f"python train.py --resume --out-dir {shlex.quote(OUT_DIR)}"
+    row_step, row_time = steps_done, time.perf_counter()  # of the last row of the log
     total, initial = STEPS * BATCH_SIZE, steps_done * BATCH_SIZE
     bar = tqdm(unit="img", unit_scale=True, total=total, initial=initial, disable=not master)
-    with bar, common.stop_signals() as signals:
+    with bar, machine.stop_signals() as signals:
         for step in range(steps_done + 1, STEPS + 1):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step)
-            # For layers that you may add, such as dropout. (Python randomises only hashes of text.)
-            torch.manual_seed(hash((SEED, step, rank)))
+                group["lr"] = group["initial_lr"] * learning_rate_factor(step)
+            # For layers that you may add, such as dropout.
+            torch.manual_seed(SEED + step * world_size + rank)
 
             # The gradients of the parts, in all processes, add up to that of the whole batch.
-            batch = random_batch(train_images, train_labels, model.num_classes, step)
+            batch = random_batch(images, labels, train_ids, model.num_classes, step)
             parts = micro_batches(batch, rank, world_size)
             step_loss = torch.zeros((), device=device)
-            for number, (x, y, t, noise) in enumerate(parts, 1):
+            for number, part in enumerate(parts, 1):
+                x, y, t, noise = to_device(part, device)
                 # DDP exchanges gradients during backward(): once per step is enough.
                 parallel_model.require_backward_grad_sync = number == len(parts)
-                with common.autocast(device, PRECISION):
+                with autocast(device, PRECISION):
                     loss = rectified_flow_loss(parallel_model, x, y, t, noise)
                 loss = loss * (len(x) / BATCH_SIZE)
                 (loss * world_size).backward()  # DDP averages over processes; this makes it a sum
                 step_loss += loss.detach()
 
+            max_norm = GRAD_CLIP or math.inf
             gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -396,54 +392,50 @@ def train(options, flags):
                 train_loss = torch.stack(losses).mean().item()
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
-                    retry = f"--resume --out-dir {out} --learning-rate {LEARNING_RATE / 2:g}"
-                    hint = f"lower LEARNING_RATE: {retry}"
-                    raise UserError(f"the loss is not finite at step {step}; {hint}")
+                    hint = f"{resume} --learning-rate {LEARNING_RATE / 2:g}"
+                    raise UserError(f"the loss is not finite at step {step}: try {hint}")
 
             # Evaluate, and add a row to the log.
             if evaluate:
-                row_images = (step - last_row_step) * BATCH_SIZE
-                images_per_second = row_images / (time.perf_counter() - last_row_time)
+                speed = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
                 losses = []
                 if master:
-                    val_loss = validation_loss(ema, val_images, val_labels)
+                    val_loss = validation_loss(ema, images, labels, val_ids)
                     bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
                     row = {
                         "step": f"{step}",
                         "train_loss": f"{train_loss:.6f}",
                         "val_loss": f"{val_loss:.6f}",
-                        "learning_rate": f"{learning_rate_at(step):.4g}",
-                        "images_per_second": f"{images_per_second:.1f}",
+                        "learning_rate": f"{LEARNING_RATE * learning_rate_factor(step):.4g}",
+                        "images_per_second": f"{speed:.1f}",
                         "seconds": f"{time.perf_counter() - started:.1f}",
                     }
-                    log.append(row)
+                    rows.append(row)
+                    checkpoint.write_log(out / "log.csv", rows)
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
                 pictures = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
                 grid = out / "samples" / f"step-{step:06}.png"
-                common.save_picture(sample.to_grid(pictures), grid, required=False)
+                checkpoint.save_picture(sample.to_grid(pictures), grid)
 
             if master and save:
-                seconds = time.perf_counter() - started
-                progress |= {"step": step, "seconds": seconds, "losses": losses}
-                save_checkpoint(model, ema, optimizer, progress, required=stop or step == STEPS)
+                save_checkpoint(step)
 
-            # Evaluating, sampling and saving do not count in the next row's images_per_second.
+            # Evaluating, sampling and saving do not count in the next row's speed.
             if evaluate:
-                last_row_step, last_row_time = step, time.perf_counter()
+                row_step, row_time = step, time.perf_counter()
             if stop:
                 break
 
     if world_size > 1:
         dist.destroy_process_group()
     if stop:
-        then = f"continue with --resume --out-dir {out}"
-        common.print_once(f"stopped at step {step} and saved in {out}: {then}", file=sys.stderr)
+        print_once(f"stopped at step {step}, and saved; to go on: {resume}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     if master:
-        print(f"trained in {seconds / 60:.1f} minutes: see {out}")
+        print(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes: see {out}")
 
 
 if __name__ == "__main__":
-    common.run_command(main, if_out_of_memory="lower BATCH_SIZE, or raise ACCUMULATE")
+    settings.run_command(main, if_out_of_memory="lower BATCH_SIZE, or raise ACCUMULATE")

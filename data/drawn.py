@@ -1,8 +1,5 @@
 """The built-in data set: butterflies drawn from a formula, so that nothing has to be downloaded.
 
-    python data/drawn.py drawn-butterflies      # 54 pictures of each of the 75 classes
-    python data/drawn.py few --images-per-class 5 --image-size 128 --seed 1
-
 Five wing colours x five wing patterns x three wing shapes make 75 classes. Class id = 15*colour +
 3*pattern + shape, each list in alphabetical order, so that a folder of these pictures gets the same
 ids. Pose, size, wing opening, tint and background differ from picture to picture. A wing is an
@@ -10,12 +7,9 @@ ellipse that may taper; a pattern is a condition on the position within the wing
 by drawing four points a pixel and averaging.
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
-from torchvision.transforms.functional import to_pil_image
 
 HUES = {"blue": 0.60, "green": 0.34, "red": 0.99, "violet": 0.79, "yellow": 0.13}  # of 0 to 1
 PATTERNS = ["bands", "border", "eyes", "plain", "spots"]
@@ -134,34 +128,3 @@ def _hsv(hue, saturation, value):
     return torch.stack(
         [value * (1 - saturation * (1 - ((h - 3).abs() - 1).clamp(0, 1))) for h in sixths], dim=1
     )
-
-
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, usage=argparse.SUPPRESS
-    )
-    parser.add_argument("folder", type=Path, help="where the class folders go; new, or empty")
-    parser.add_argument("--images-per-class", type=int, default=54, help="(%(default)s)")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels a side (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    args = parser.parse_args()
-    if args.images_per_class < 1 or args.image_size < 1:
-        parser.error("--images-per-class and --image-size must be at least 1")
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        parser.error(f"{args.folder} is not an empty folder: name a new one")
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot make the folder {args.folder}: {error}")
-
-    images, labels, names = draw_butterflies(args.images_per_class, args.image_size, args.seed)
-    for i, (image, label) in enumerate(zip(images, labels.tolist())):
-        path = args.folder / names[label] / f"{i % args.images_per_class:04}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(path)
-    print(f"{len(images)} pictures in {len(names)} class folders of {args.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,367 +1,206 @@
-"""Where the pictures come from: the drawn butterflies, a folder, or a data set on the Hub.
+"""Where the pictures come from: drawn butterflies, a packed file, a folder, a data set on the Hub.
 
-All three return the same thing: images uint8 (N,3,S,S), labels int64 (N,), and a list of class
-names. Everything is decoded once and stays in memory.
-
-data/folders.py finds out which files are pictures of which class. Here they are read; what was used
-and what was skipped is reported.
+All of them give the same: images uint8 (N,3,S,S), labels int64 (N,), and a list of class names.
+data/folders.py finds out which files are pictures of which class; here they are read, and what was
+left out is said. data/pack.py writes what is read here into one file, from which a run starts at
+once.
 """
 
+import contextlib
 import io
-import struct
+import json
+import os
+import re
 import sys
-import tarfile
-import zipfile
-import zlib
-from collections import Counter
-from pathlib import Path, PurePosixPath
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from support.hub import HUB_ID, download
+from support.settings import UserError, print_once
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from safetensors import safe_open
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
-from common import download, list_files, print_once
 from data.drawn import draw_butterflies
-from data.folders import (
-    HELD_OUT_SPLITS,
-    LABEL_COLUMNS,
-    PICTURE_SUFFIXES,
-    files_below,
-    find_classes,
-    find_split,
-    look_like_classes,
-    pictures_among,
-    plain_column,
-    split_of,
-    suffix,
-)
-from model import UserError
+from data.folders import LABEL_COLUMNS, find_column, find_pictures
 
-PLUG_INS = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif"}
+with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
+    from pillow_heif import register_heif_opener
 
-# Raw photographs, of which Pillow would open no more than a thumbnail.
-RAW_SUFFIXES = ".arw .cr2 .cr3 .dng .nef .nrw .orf .pef .raf .rw2 .srw".split()
+    register_heif_opener()
 
-PACKED = (".parquet", ".arrow", ".tar", ".zip")  # files with pictures inside
-
-# What Pillow raises when a file is broken, cut short, or crafted to exhaust memory.
-BROKEN_PICTURE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    Image.DecompressionBombError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
+ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
+# Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
+# without the Hub, a copy counts as complete if all but these are there.
+IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/* *.arrow *.parquet *.tar *.zip"
+SRGB = ImageCms.createProfile("sRGB")
 
 
 def load_dataset(name, image_size):
-    """The pictures of a data set: "drawn", a folder, or else a Hub id such as "you/pictures".
-
-    Returns what load_images returns. The Hub's files go into the Hub's own cache. Raises UserError
-    if there are no pictures of that name.
-    """
-    if name == "drawn":
-        return draw_butterflies(images_per_class=54, image_size=image_size, seed=0)
-    if not Path(name).is_dir():
-        return load_from_hub(name, image_size)
-    try:
-        packed = is_packed(files_below(Path(name), Counter()))
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error}") from error
-    return load_with_datasets(name, image_size) if packed else load_images(name, image_size)
+    """The pictures of a data set: "drawn", a packed file such as "pictures.safetensors", a folder,
+    or else a Hub id such as "you/pictures". Returns what load_images returns. The Hub's files go
+    into the Hub's own cache. Raises UserError if there are no pictures of that name."""
+    if name.endswith(".safetensors"):
+        return load_packed(name, image_size)
+    class_names, count, pictures = read_dataset(name, image_size)
+    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
+    labels = []
+    for picture, label in pictures:
+        images[len(labels)] = picture
+        labels.append(label)
+    return images[: len(labels)], torch.tensor(labels), class_names
 
 
 def load_images(folder, image_size):
-    """Read a folder of pictures: one folder per class, or another layout that find_classes() knows.
+    """Read a folder of pictures: one folder per class, or another layout in data/folders.py.
 
     Returns uint8 (N,3,S,S), int64 labels (N,), and the class names, sorted; the pictures are
     ordered by class. What is passed over is named once, on stderr. Raises UserError if a class has
     no picture, or if the folder can be read in two ways.
     """
-    folder, passed_over = Path(folder), Counter()
-    try:
-        classes, source = find_classes(folder, passed_over)
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error}") from error
-    class_names = sorted(classes)
-    labelled = []
-    for label, name in enumerate(class_names):
-        for path in classes[name]:
-            if suffix(path) in RAW_SUFFIXES:
-                passed_over[suffix(path)] += 1
-            else:
-                labelled.append((path, label))
-    pictures = read_all(lambda item: read_picture(item[0], image_size), labelled)
+    return load_dataset(str(Path(folder).absolute()), image_size)
 
-    images, labels, broken = [], [], []
-    for (path, label), picture in zip(labelled, pictures):
-        if picture is not None:
-            images.append(picture)
-            labels.append(label)
-        elif suffix(path) in PICTURE_SUFFIXES:
-            broken.append(path)
-        else:
-            passed_over[suffix(path)] += 1
+
+def load_packed(path, image_size):
+    """The pictures in a file of data/pack.py. They stay on the disk until they are used, and
+    several processes share one copy, in the system's cache."""
+    try:
+        with safe_open(os.path.expanduser(path), "pt") as file:
+            images, labels = file.get_tensor("images"), file.get_tensor("labels")
+            class_names = json.loads(file.metadata()["class_names"])
+    except Exception as error:  # a foreign or damaged file may raise anything
+        raise UserError(f"{path} is missing, cut short, or not of data/pack.py: {error}") from error
+    if images.shape[-1] != image_size:
+        raise UserError(f"{path} is not of this size: set --image-size {images.shape[-1]}")
+    return images, labels, class_names
+
+
+def read_dataset(name, image_size):
+    """Read a data set, other than a packed file, one picture after the other.
+
+    Returns the class names, how many pictures there are at most, and an iterator of (uint8
+    (3,S,S) picture, label), ordered by label. At its end it says what was passed over, and raises
+    UserError if a class has no picture.
+    """
+    if name == "drawn":
+        images, labels, class_names = draw_butterflies(54, image_size, seed=0)
+        return class_names, len(images), zip(images, labels.tolist())
+    folder = Path(os.path.expanduser(name))
+    is_id = re.fullmatch(HUB_ID, name, re.ASCII) and folder.suffix not in ARCHIVES
+    on_the_hub = is_id and not folder.exists()
+    if on_the_hub:
+        try:
+            folder = download(name, repo_type="dataset", ignore_patterns=IGNORED.split())
+        except UserError as error:
+            raise UserError(f"{error}; try --preset laptop, or --dataset FOLDER") from error
+    elif not folder.is_dir():
+        raise UserError(f"no such folder: {name} (an archive has to be unpacked first)")
+
+    classes, passed_over = find_pictures(folder) if folder.is_dir() else ({}, {})
+    open_picture = Image.open
+    # A few pictures beside archives are those of a description.
+    if sum(map(len, classes.values())) < 10 and (on_the_hub or passed_over.keys() & ARCHIVES):
+        classes, passed_over, open_picture = open_with_datasets(name)
+    items = [(file, label) for label, files in enumerate(classes.values()) for file in files]
+    class_names = list(classes)
+    if class_names == [folder.resolve().name]:  # on the Hub, a commit's hash
+        class_names = [Path(name).resolve().name]
+    pictures = read_all(items, open_picture, image_size, class_names, passed_over)
+    return class_names, len(items), pictures
+
+
+def read_all(items, open_picture, image_size, class_names, passed_over):
+    """Yield (picture, label) for those of the items (file, label) that can be read; then say what
+    was passed over. Several threads read: Pillow decodes outside of Python's global lock."""
+    broken, used = [], set()
+    with ThreadPoolExecutor() as pool:
+        # A few at a time, as they may not fit into the memory. disable=None: no progress bar unless
+        # stderr is a terminal.
+        for start in tqdm(range(0, len(items), 256), "reading", leave=False, disable=None):
+            files, labels = zip(*items[start : start + 256])
+            pictures = pool.map(lambda file: read_picture(file, image_size, open_picture), files)
+            for file, label, picture in zip(files, labels, pictures):
+                if picture is None:
+                    broken.append(str(file))
+                else:
+                    used.add(label)
+                    yield picture, label
 
     if broken:
-        listed = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        print_once(f"skipped {len(broken)} pictures that cannot be read: {listed}", file=sys.stderr)
-    listed = [describe(kind, count) for kind, count in sorted(passed_over.items()) if count]
-    if listed:
-        print_once(f"passed over: {', '.join(listed)}", file=sys.stderr)
-    if not labels:
-        raise UserError(f"no pictures in {folder}: it should hold one folder of pictures per class")
-    empty = set(range(len(class_names))) - set(labels)
-    if empty:
-        name = class_names[min(empty)]
-        raise UserError(f'no pictures of class "{name}" in {source}: add some, or remove the class')
-    print_once(f"pictures from {source}")
-    return torch.stack(images), torch.tensor(labels), class_names
+        kind = "picture" if len(broken) == 1 else "pictures"
+        names = ", ".join(broken[:10])
+        hint = " (for HEIC: pip install pillow-heif)" if ".heic" in names.lower() else ""
+        print_once(f"skipped {len(broken)} {kind} that cannot be read{hint}: {names}", sys.stderr)
+    kinds = [f"{number} {kind}" for kind, number in sorted(passed_over.items()) if number]
+    if kinds:
+        print_once(f"passed over: {', '.join(kinds)}", sys.stderr)
+    for label, class_name in enumerate(class_names):
+        if label not in used:
+            raise UserError(f'no pictures of class "{class_name}" that can be read: add some')
 
 
-def read_all(read, items):
-    """[read(item)], by several threads: Pillow decodes outside of Python's global lock."""
-    # disable=None: no progress bar unless stderr is a terminal.
-    return thread_map(read, items, desc="reading pictures", leave=False, disable=None)
+def open_with_datasets(name):
+    """The split "train" of a data set, as the `datasets` library reads it: {class name: its rows},
+    what is passed over, and a function that opens the picture of a row."""
+    try:
+        import datasets
 
-
-def describe(kind, count):
-    """One kind of skipped files or folders, in words."""
-    hint = f" (readable after {PLUG_INS[kind]})" if kind in PLUG_INS else ""
-    return f"{count} {kind}{hint}"
+        datasets.disable_progress_bars()
+        # The library would download all splits, unless it is told the files, which it lists as
+        # hf://datasets/<name>@<commit>/<path>.
+        files = datasets.load_dataset_builder(name).config.data_files["train"]
+        files = [re.sub("^hf://.*?@[^/]*/", "", file) for file in files]
+        options = {"data_files": files, "verification_mode": "no_checks"}
+        rows = datasets.load_dataset(name, split="train", **options)
+        kinds = {column: str(kind) for column, kind in rows.features.items()}
+        pictures = [column for column in kinds if re.match("Image|.*binary", kinds[column])]
+        if not pictures:
+            raise UserError(f"no column of pictures, only {', '.join(kinds)}")
+        rows = rows
+        labels = [column for column in kinds if kinds[column].startswith("ClassLabel")]
+        label = labels[0] if labels else find_column(LABEL_COLUMNS, kinds)
+        name_of = rows.features[label].int2str if labels else str
+        rows_of = {}
+        for row, value in enumerate(rows[label] if label else len(rows) * [Path(name).name]):
+            rows_of.setdefault(value, []).append(row)
+        classes = {name_of(value): rows_of[value] for value in sorted(rows_of)}
+    except Exception as error:  # there is no such library, or it cannot read this
+        needed = "the datasets library (pip install datasets)"
+        raise UserError(f"cannot read {name} with {needed}: {error.__cause__ or error}") from error
+    print_once(f"{name}, split train: pictures from {pictures[0]}, labels from {label}")
+    return classes, {}, lambda row: rows[row][pictures[0]]
 
 
 # Pictures
 
 
-def read_picture(file, image_size):
-    """A picture file as uint8 (3,S,S): turned upright, transparency composited onto white, the
-    short side resized, the long side cropped to its middle. None if the file cannot be read.
-
-    file: a path, or a file object. Its content, not its name, says which format it is.
-    """
+def read_picture(file, image_size, open_picture=Image.open):
+    """A picture file as uint8 (3,S,S): turned upright, in the colours of sRGB, transparency
+    composited onto white, the short side resized, the long side cropped to its middle. None if the
+    file cannot be read. Its content, not its name, says which format it is."""
     try:
-        with Image.open(file) as image:
+        with open_picture(file) as image:
             # A JPEG can be decoded at a half, a quarter or an eighth of its size. Decoding at twice
             # the needed size leaves the rest to a better filter.
-            format_name = image.format
             image.draft(None, (2 * image_size, 2 * image_size))
             image = ImageOps.exif_transpose(image)  # decodes it, too
-    except BROKEN_PICTURE:
+    except Exception:  # broken, cut short, or crafted to exhaust memory: anything may be raised
         return None
-    if image.mode.startswith("I") or image.mode == "F":
-        image = to_8_bits(image, format_name)
-    transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-    image = image.convert("RGBA" if transparent else "RGB")
+    if image.mode.startswith("I"):  # 16 bits, which convert("L") would clip
+        values = pil_to_tensor(image.convert("I")) / 65535 * 255
+        image = to_pil_image(values.clamp(0, 255).round().to(torch.uint8))
+    opaque = image.mode if image.mode in ("L", "CMYK") else "RGB"  # as a profile may be of these
+    image = image.convert("RGBA" if image.has_transparency_data else opaque)
     image = ImageOps.fit(image, (image_size, image_size))  # hidden colours do not bleed in
-    if transparent:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return pil_to_tensor(image.convert("RGB"))
-
-
-def to_8_bits(image, format_name):
-    """A grey picture of 16 or 32 bits, or of floats, as it is meant to look: convert("L") would
-    clip it to white.
-
-    16-bit formats are scaled as such; likewise floats from about 0 to 1, and numbers up to 255 or
-    65,535. Otherwise the darkest value becomes black and the brightest white.
-    """
-    if image.mode.startswith("I;") or (image.mode == "I" and format_name in ("PNG", "PPM")):
-        return scaled(pil_to_tensor(image.convert("I")).float(), 0, 65535)
-    values = pil_to_tensor(image).float().nan_to_num(posinf=0, neginf=0)
-    low, high = values.min().item(), values.max().item()
-    if image.mode == "F" and low >= -0.1 and high <= 1.1:  # resampling may overshoot
-        return scaled(values, 0, 1)
-    for limit in (255, 65535):
-        if low >= 0 and high <= limit:
-            return scaled(values, 0, limit)
-    return scaled(values, low, high)
-
-
-def scaled(values, black, white):
-    """A grey picture of 8 bits from floats (1,H,W), where `black` becomes 0 and `white` 255."""
-    values = (values - black) / max(white - black, 1e-9)
-    return to_pil_image((values.clamp(0, 1) * 255).round().to(torch.uint8))
-
-
-# The Hub
-
-
-def load_from_hub(name, image_size):
-    """A data set on the Hub: pictures in folders, or files that the `datasets` library reads."""
-    hint = f"no data set at {name}; try --preset laptop, or --dataset FOLDER"
     try:
-        files = [PurePosixPath(file) for file in list_files(name, hint)]
-    except UserError as error:
-        return load_downloaded(name, image_size, error)
-    if is_packed(files) or (files and not pictures_among(files)):
-        return load_with_datasets(name, image_size)
-
-    folders = {PurePosixPath(file.parts[0]) for file in files if len(file.parts) > 1}
-    train, others = find_split(folders) or (None, [])
-    ignored = [f"{entry.name}/*" for entry in others]
-    if any(split_of(entry.name) != ("test", ()) for entry in others):
-        ignored = []  # load_downloaded() would not know what to do without
-    folder = download(name, hint, repo_type="dataset", ignore_patterns=ignored)
-    return load_snapshot(folder, name, image_size)
-
-
-def load_downloaded(name, image_size, error):
-    """What an earlier run has downloaded, now that the Hub cannot be asked. Raises the error, which
-    says why, if there is nothing."""
-    # Offline, the Hub library fails if a file is missing that it should not ignore: ignore the
-    # folders that load_from_hub() leaves out, however they are spelled.
-    ignored = []
-    for split in HELD_OUT_SPLITS:
-        for form in (split, f"{split}set", f"{split}_set", f"{split}-set"):
-            forms = {form, form.capitalize(), form.title(), form.upper()}
-            ignored += [f"{spelled}/*" for spelled in forms]
-    options = {"repo_type": "dataset", "local_files_only": True, "ignore_patterns": ignored}
-    try:
-        folder = download(name, "", **options)
-    except UserError:
-        raise error from None
-    if is_packed(files_below(folder, Counter())):
-        return load_with_datasets(name, image_size)
-    print_once(f"the Hub cannot be reached: {name} is what was downloaded before")
-    return load_snapshot(folder, name, image_size)
-
-
-def load_snapshot(folder, name, image_size):
-    """The pictures in a folder of the Hub's cache."""
-    images, labels, class_names = load_images(folder, image_size)
-    if class_names == [folder.resolve().name]:  # which is a commit's hash
-        class_names = [name.rpartition("/")[2]]
-    return images, labels, class_names
-
-
-def is_packed(files):
-    """Whether the pictures of a data set are inside other files. A few pictures beside these are
-    documentation."""
-    pictures = pictures_among(files)
-    parquet = [file for file in files if suffix(file) == ".parquet"]
-    if parquet:
-        return len(pictures) < 10 * len(parquet)
-    if any(suffix(file) in PLUG_INS for file in files):
-        return False
-    archives = [file for file in files if suffix(file) in PACKED]
-    return 0 < len(archives) >= len(pictures)
-
-
-def load_with_datasets(name, image_size):
-    """The pictures of the split "train", by the `datasets` library: of the first column that holds
-    images, labelled by the first that holds labels. Raises UserError if it cannot be read."""
-    try:
-        import datasets
-        import fsspec  # comes with it
-    except ImportError as error:
-        message = f"{name} does not hold folders of pictures: to read it, pip install datasets"
-        raise UserError(message) from error
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    broken_file = (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile)
-    problems = (datasets.exceptions.DatasetsError, RuntimeError, *broken_file)
-    try:
-        builder = datasets.load_dataset_builder(name)
-        files = (builder.config.data_files or {}).get("train", [])
-        options = {}
-        if files and all(file.startswith("hf://") for file in files):
-            # Of several splits the library would download all, unless told which files are wanted.
-            # They are named hf://datasets/<name>@<commit>/<path>.
-            wanted = [file.partition("@")[2].partition("/")[2] for file in files]
-            options = {"data_files": {"train": wanted}, "verification_mode": "no_checks"}
-        dataset = datasets.load_dataset(name, split="train", **options)
-    except problems as error:
-        message = f"the datasets library cannot read {name}: {str(error.__cause__ or error)[:300]}"
-        raise UserError(message) from error
-
-    features = dataset.features
-    columns = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
-    if not columns:
-        raise UserError(f"{name} has no column of pictures, only {', '.join(features)}")
-    encoded = dataset.select_columns(columns[:1])
-    encoded = encoded.cast_column(columns[0], datasets.Image(decode=False))
-
-    label_column, labels = find_label_column(datasets, dataset)
-    if label_column is None:
-        labels = [Path(name).resolve().name] * len(dataset)
-
-    def read(row):
-        image = encoded[row][columns[0]]
-        if image is None:
-            return None
-        content = image["bytes"]
-        if content is None:  # there is a path then, in a folder or in an archive
-            try:
-                with fsspec.open(image["path"]) as file:
-                    content = file.read()
-            except broken_file as error:
-                raise UserError(f"cannot read {image['path']} of {name}: {error}") from error
-        return read_picture(io.BytesIO(content), image_size)
-
-    pictures = read_all(read, range(len(dataset)))
-    kept = [row for row, picture in enumerate(pictures) if picture is not None and labels[row]]
-    used = {labels[row] for row in kept}
-    if len(kept) < len(pictures):
-        skipped = len(pictures) - len(kept)
-        print_once(f"skipped {skipped} rows without a readable picture or a label", file=sys.stderr)
-    if not kept:
-        raise UserError(f"no picture of {name} can be read")
-    if isinstance(features.get(label_column), datasets.ClassLabel):
-        class_names = [label for label in features[label_column].names if label in used]
-    else:
-        class_names = sorted(used)
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    order = sorted(kept, key=lambda row: label_of[labels[row]])  # by class, like load_images
-    by_label = f"labels: {label_column}" if label_column else "no labels: one class"
-    print_once(f"pictures from {name}, split train (pictures: {columns[0]}; {by_label})")
-    images = torch.stack([pictures[row] for row in order])
-    return images, torch.tensor([label_of[labels[row]] for row in order]), class_names
-
-
-def find_label_column(datasets, dataset):
-    """The first column of class labels; or else one that is called so, or of strings that repeat,
-    as captions do not. And the class names in it, row by row, where None is no label. (None, None)
-    without such a column.
-    """
-    known = (*LABEL_COLUMNS, "cls")
-    named, strings = [], []
-    for column, kind in dataset.features.items():
-        if isinstance(kind, datasets.ClassLabel):
-            ids = dataset[column][:]
-            return column, [kind.names[i] if i is not None and i >= 0 else None for i in ids]
-        dtype = kind.dtype if isinstance(kind, datasets.Value) else ""
-        is_string = dtype in ("string", "large_string")
-        is_whole = dtype.startswith(("int", "uint"))
-        if plain_column(column) in known and (is_string or is_whole):
-            named.append(column)
-        elif is_string and not column.startswith("__"):  # a WebDataset's own, such as __url__
-            strings.append(column)
-    named.sort(key=lambda column: known.index(plain_column(column)))
-    for column in named + strings:
-        values = dataset[column][:]
-        if look_like_classes(values):
-            return column, [None if value is None else str(value) for value in values]
-    return None, None
-
-
-# Held-out pictures
-
-
-def held_out(labels):
-    """Which pictures are for validation: a mask (N,) of every twentieth, counted through all
-    classes of at least four pictures. Smaller classes keep theirs for training."""
-    counts = torch.bincount(labels)
-    candidates = (counts[labels] >= 4).nonzero().flatten()
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[candidates[::20]] = True
-    return mask
+        profile = io.BytesIO(image.info["icc_profile"])
+        colours = ImageCms.profileToProfile(image, profile, SRGB, outputMode="RGB")
+    except Exception:  # no profile, a broken one, or one of another kind of image
+        colours = image.convert("RGB")
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, "white")
+        colours = Image.composite(colours, white, image.getchannel("A"))
+    return pil_to_tensor(colours)

@@ -1,0 +1,141 @@
+"""Files of a run: written beside and renamed, so that whatever stops it leaves them whole."""
+
+import contextlib
+import csv
+import os
+import shutil
+import time
+
+from support.settings import UserError
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")  # the state last
+
+# Options of an optimizer that do not change what it keeps.
+WAYS_TO_COMPUTE = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+
+
+def replace(source, target):
+    """Rename a file, in place of an old one. On Windows that fails while another program has the
+    old one open, such as a virus scanner: then try again for two seconds."""
+    for seconds in (0.1, 0.4, 1.5):
+        with contextlib.suppress(PermissionError):
+            return source.replace(target)
+        time.sleep(seconds)
+    return source.replace(target)
+
+
+def write_beside(path, write):
+    """Call write(path) with a temporary name, then rename the file, so that a failure leaves an old
+    one as it was. The folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".writing-{path.name}")
+    try:
+        write(beside)
+        replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # on a full disk, half a file would keep it full
+
+
+def save_picture(image, path, **options):
+    """Write a PIL image as write_beside does; the suffix of the path is its format."""
+    write_beside(path, lambda beside: image.save(beside, path.suffix[1:], **options))
+
+
+# One run a folder
+
+
+@contextlib.contextmanager
+def the_only_run(folder):
+    """Keep other processes from training into the folder, and git from listing what is in it.
+    Raises UserError if another process has the folder. A crash leaves no lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    try:
+        # Each of torchrun's processes has a lock of its own.
+        with FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"another training writes to {folder}: use another --out-dir") from error
+
+
+# The log
+
+
+def write_log(path, rows):
+    """Write rows {column: text} as a CSV file, whole each time. Its columns are those of the newest
+    row: you may have added one while the run was stopped."""
+    columns = list(rows[-1])
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    text = "".join(",".join(line) + "\n" for line in lines)
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
+
+
+def read_log(path):
+    """The rows {column: text} of a log.csv; none if there is no such file."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    return list(csv.DictReader(text.splitlines()))
+
+
+# The state
+
+
+def save_checkpoint(out, ema, state):
+    """Write CHECKPOINT_FILES to a staging folder and then move them into place, the state last, as
+    it alone determines where --resume continues. Raises UserError if there is no room for them; the
+    last checkpoint stays."""
+    staging = out / ".writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        ema.save_pretrained(staging)
+        torch.save(state, staging / "train_state.pt")
+        for name in CHECKPOINT_FILES:
+            replace(staging / name, out / name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot write to {out}, which keeps what it had: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_state(path):
+    """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("log", "step", "settings", *state)}
+    except Exception as error:  # a damaged file may raise anything
+        message = f"{path} is missing, damaged, or no state of a run"
+        raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error
+
+
+def restore_state(state, model, ema, optimizer):
+    """Load the weights and the optimizer's moments from a state. Raises UserError if they are of
+    other classes, of another network, or of another optimizer."""
+    if model.class_names != state["class_names"]:
+        raise UserError("--resume: the classes of the data set are not those of the original run")
+    saved, present = state["optimizer_is"], describe_optimizer(optimizer)
+    if saved != present:
+        raise UserError(f"--resume: train_state.pt is of {saved}; train.py has {present}")
+    # Moments come from the state; betas, weight decay and so on are those of train.py now.
+    for old, new in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+        old |= {name: value for name, value in new.items() if name != "params"}
+    load_weights(model, state["model"], "--resume: train_state.pt does not fit model.py")
+    load_weights(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
+    load_weights(optimizer, state["optimizer"], "--resume: other groups of weights")
+
+
+def load_weights(target, weights, problem):
+    """Load a state into a model, or into an optimizer. Raises UserError, which says what the
+    problem is, if names or shapes are others."""
+    try:
+        target.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{problem}: {str(error)[:200]}") from error
+
+
+def describe_optimizer(optimizer):
+    """What decides which moments an optimizer keeps: its class, and options such as amsgrad."""
+    options = {name for name, value in optimizer.defaults.items() if value is True}
+    return " ".join([type(optimizer).__name__, *sorted(options - WAYS_TO_COMPUTE)])

@@ -1,0 +1,121 @@
+"""The machine: which device, in which precision, compiled or not, how many processes, signals."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+
+from support.settings import UserError, print_once
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(name):
+    """The torch device with the given name; "auto" is a GPU (CUDA, or MPS on a Mac) if there is
+    one, else the CPU. Each process of torchrun has a GPU of its own. Raises UserError if this
+    machine does not have the device."""
+    if name == "auto":
+        has_gpu = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.zeros(0, device=name).device
+    except Exception as error:  # which one depends on the device, and on how torch was built
+        raise UserError(f'no DEVICE "{name}" here: choose auto, cuda, mps or cpu') from error
+
+
+def to_device(tensors, device):
+    """Tensors of the CPU on the device. From pinned memory, a GPU copies them while it computes."""
+    on_gpu = device.type == "cuda"
+    tensors = [tensor.pin_memory() for tensor in tensors] if on_gpu else tensors
+    return [tensor.to(device, non_blocking=on_gpu) for tensor in tensors]
+
+
+def uses_bf16(device, precision):
+    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device. "auto" is bfloat16 where the
+    hardware computes in it: imitated, it is slow."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # {}, in older versions of torch
+    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(device, precision="auto"):
+    """A context in which matrix products and attention run in bfloat16, if that is the precision,
+    while the weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def start_process(device, batch_size):
+    """Join the other processes that torchrun has started, if it has. Returns the rank of this one
+    and their number. Raises UserError if there are more than pictures in a batch."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > batch_size:
+        raise UserError(f"BATCH_SIZE {batch_size} is too small for {world_size} processes")
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Named, as without a name the group would have the accelerator's backend alone.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size
+
+
+def compiling_pays(device, products):
+    """Whether a run is worth the wait for torch.compile: on CUDA always, on a CPU from some twenty
+    minutes on. products: of a parameter and a token, each some 6 operations, forward and backward,
+    of which a core does some 50 G a second."""
+    seconds = 6 * products / (50e9 * torch.get_num_threads())
+    return device.type == "cuda" or (device.type == "cpu" and seconds > 1200)
+
+
+def compile_model(model):
+    """Let torch.compile translate the model's forward and backward pass, which happens when it is
+    first called. If it cannot, there is a warning, and the model stays as it is."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
+    eager, compiled = model.forward, torch.compile(model.forward)
+
+    def first_call(*arguments):
+        print_once("compiling: the first step takes up to a minute")
+        model.forward = compiled
+        try:
+            return compiled(*arguments)
+        except Exception as error:  # the compiler's; one of the model's own comes again below
+            reason = " ".join(str(error).split())[:200]
+            print_once(f"warning: torch.compile failed (try --compile off): {reason}", sys.stderr)
+        model.forward = eager
+        return eager(*arguments)
+
+    model.forward = first_call
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list in which Ctrl-C, SIGTERM and SIGHUP are noted, so that a training step can end
+    and be saved before the run stops. A second Ctrl-C stops it at once, except under torchrun."""
+    received = []
+    torchrun = "WORLD_SIZE" in os.environ  # it passes signals on, so that one Ctrl-C comes twice
+
+    def on_signal(number, frame):
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if received and number == signal.SIGINT and not torchrun:
+            raise KeyboardInterrupt
+        if not received:
+            then = "" if torchrun else "; press Ctrl-C again to stop now, without saving"
+            os.write(2, f"\nstopping after this step{then}\n".encode())
+        received.append(number)
+
+    with contextlib.ExitStack() as at_the_end:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+            ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does
+            if threading.current_thread() is threading.main_thread() and not ignored:
+                at_the_end.callback(signal.signal, number, signal.signal(number, on_signal))
+        yield received

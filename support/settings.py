@@ -1,0 +1,163 @@
+"""Settings: constants become flags, values have limits, and a mistake is one line."""
+
+import argparse
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+
+TYPES = (bool, int, float, str)  # of a setting
+
+# {name: (kind, lowest, highest)}. A constant that is not listed has no limits.
+KINDS = {int: "whole number", float: "number"}
+MANY = 10**12
+AT_LEAST_1 = "IMAGE_SIZE PATCH_SIZE DIM DEPTH HEADS STEPS BATCH_SIZE ACCUMULATE LOG_EVERY "
+AT_LEAST_1 += "EVAL_EVERY SAMPLE_EVERY CHECKPOINT_EVERY"
+LIMITS = dict.fromkeys(AT_LEAST_1.split(), (int, 1, MANY))
+LIMITS |= dict.fromkeys(("CONV_DIM", "WARMUP_STEPS"), (int, 0, MANY))
+LIMITS |= dict.fromkeys(("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"), (float, 0, 1))
+LIMITS |= dict.fromkeys(("LEARNING_RATE", "GRAD_CLIP", "T_STD"), (float, 0, 1e38))
+LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), (float, -MANY, MANY))
+LIMITS["SEED"] = (int, 0, 2**63 - 1)
+CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
+
+# What the operating system says when a user's disk or folder is the cause, and not a bug.
+CANNOT_WRITE = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR".split()
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+class UserError(Exception):
+    """An error that the user can mend: the scripts print it as one line, and exit with status 2."""
+
+
+# Errors
+
+
+def run_command(main, if_out_of_memory="close other programs"):
+    """Call main(). A UserError, a disk that cannot be written, or too little memory becomes one
+    line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this: >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message, name = str(error), errno.errorcode.get(getattr(error, "errno", None))
+        # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is alike.
+        if isinstance(error, MemoryError) or any(text in message for text in OUT_OF_MEMORY):
+            message = f"out of memory: {if_out_of_memory} ({message})"
+        elif not isinstance(error, UserError) and name not in CANNOT_WRITE:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def print_once(text, file=None):
+    """Print, but only in the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=file or sys.stdout, flush=True)
+
+
+# Flags
+
+
+def new_parser(description, **options):
+    """An argument parser that reports errors in one line, without the usage text."""
+    options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, **options)
+
+
+def command_line():
+    """The flags of the command line; none in a notebook, where it is the kernel's own."""
+    if "ipykernel" in sys.modules and sys.argv[-1].endswith(".json"):
+        return []
+    return sys.argv[1:]
+
+
+def parse_number(text):
+    """An argparse type: an int if the value is whole (even 1e4), otherwise a float."""
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    value = float(text)  # argparse reports a ValueError
+    return int(value) if value.is_integer() else value
+
+
+def number(kind, lowest=-MANY, highest=MANY):
+    """A type for argparse: a finite number from lowest to highest; if kind is int, a whole one."""
+
+    def parse(text):
+        value = parse_number(text)
+        if not fits(value, kind, lowest, highest):
+            limits = f"{KINDS[kind]} from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"{text} is not a {limits}")
+        return kind(value)
+
+    return parse
+
+
+def png_path(text):
+    """An argparse type: the path of a .png file, which need not exist."""
+    path = Path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
+    return path
+
+
+def add_setting_flags(parser, settings, source_file):
+    """Add a flag for each of the settings {name: default}: --batch-size for BATCH_SIZE. Groups and
+    help texts are the sections and the comments of the file that assigns them."""
+    comments, groups = read_comments(source_file), {}
+    for name, default in settings.items():
+        section, comment = comments.get(name, ("more settings", ""))
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        flag = "--" + name.lower().replace("_", "-")
+        text = f"{comment} (default: {default})".replace("%", "%%")  # % is special to argparse
+        options = {"type": str if isinstance(default, str) else parse_number, "metavar": ""}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+        groups[section].add_argument(flag, dest=name, help=text, **options)
+
+
+def read_comments(source_file):
+    """{name: (section, comment)} of the assignments in a Python file. A section begins with a
+    comment such as "# --- data ---"; the comment is the one at the end of the line."""
+    comments, section = {}, "settings"
+    # Without a file, the code was run by exec().
+    for line in Path(source_file or os.devnull).read_text("utf-8").splitlines():
+        if line.startswith("# --- "):
+            section = line.strip("# -")
+        assignment = re.match(r"([A-Z]\w*)[^#]*=[^#]*#?(.*)", line)
+        if assignment:
+            comments[assignment[1]] = section, assignment[2].strip()
+    return comments
+
+
+# Limits
+
+
+def fits(value, kind, lowest, highest):
+    """Whether a value is a number from lowest to highest; a whole one, if kind is int."""
+    is_number = isinstance(value, (int, float)) and lowest <= value <= highest
+    return is_number and (kind is float or value == int(value))
+
+
+def check_limits(values):
+    """Raise UserError, with its name, for a value {name: value} that no training could run with.
+    Whole numbers become ints in place: 1e4 is meant as 10000."""
+    for name, (kind, lowest, highest) in LIMITS.items():
+        value = values.get(name, lowest)
+        if not fits(value, kind, lowest, highest):
+            raise UserError(f"{name} is {value!r}, not a {KINDS[kind]} from {lowest} to {highest}")
+        if kind is int and name in values:
+            values[name] = int(value)
+    for name, choices in CHOICES.items():
+        if values.get(name, choices[0]) not in choices:
+            raise UserError(f"{name} is {values[name]!r}: choose one of {', '.join(choices)}")
+    for whole, part in (("IMAGE_SIZE", "PATCH_SIZE"), ("DIM", "HEADS")):
+        if whole in values and values[whole] % values[part]:
+            raise UserError(f"{whole} {values[whole]} is not a multiple of {part} {values[part]}")
