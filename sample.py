@@ -191,7 +191,7 @@ def name_grid(flags, class_ids):
     """Where the grid goes: samples/class-3-seed-0.png, or a longer name if other flags decide what
     is in it, so that no two requests write the same file."""
     name = f"class-{'-'.join(map(str, class_ids)) or 'all'}-seed-{flags.seed}"
-    for flag in ("checkpoint", "num_images", "steps", "cfg_scale", "eta"):
+    for flag in ("num_images", "steps", "cfg_scale", "eta", "checkpoint"):
         value = getattr(flags, flag)
         if value not in (None, "out"):
             name += f"-{flag}-{value}"

@@ -90,7 +90,7 @@ COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU f
 SETTINGS = {
     name: value
     for name, value in globals().items()
-    if name.isupper() and name not in imported and isinstance(value, settings.TYPES)
+    if name.isupper() and name not in imported and isinstance(value, (bool, int, float, str))
 }
 
 # A preset is a line of flags, which others may follow.
@@ -162,7 +162,8 @@ def held_out(labels):
     classes of at least four pictures; of very many, about 1,000. Others keep theirs for training.
     """
     counts = labels.bincount()
-    candidates = (counts[labels] >= 4).nonzero().flatten()
+    by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
+    candidates = by_class[counts[labels[by_class]] >= 4]
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[candidates[:: max(20, len(candidates) // 1000)]] = True
     return mask
@@ -317,7 +318,7 @@ def train(state, init_from):
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
     print_once(f"{len(images)} pictures, {is_val.sum()} of them held out")
-    print_once(f"each picture is seen about {STEPS * BATCH_SIZE / len(images):.2g} times")
+    print_once(f"each picture is seen about {STEPS * BATCH_SIZE / len(images):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
     pays = machine.compiling_pays(device, parameters * len(model.positions) * BATCH_SIZE * STEPS)
     if COMPILE == "on" or (COMPILE == "auto" and pays):
@@ -416,8 +417,8 @@ def train(state, init_from):
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
                 pictures = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
-                grid = out / "samples" / f"step-{step:06}.png"
-                checkpoint.save_picture(sample.to_grid(pictures), grid)
+                grid = sample.to_grid(pictures)
+                checkpoint.save_picture(grid, out / "samples" / f"step-{step:06}.png")
 
             if master and save:
                 save_checkpoint(step)

@@ -130,10 +130,11 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
                     yield picture, label
 
     if broken:
-        kind = "picture" if len(broken) == 1 else "pictures"
         names = ", ".join(broken[:10])
         hint = " (for HEIC: pip install pillow-heif)" if ".heic" in names.lower() else ""
-        print_once(f"skipped {len(broken)} {kind} that cannot be read{hint}: {names}", sys.stderr)
+        print_once(
+            f"skipped {len(broken)} of {len(items)} pictures, unreadable{hint}: {names}", sys.stderr
+        )
     kinds = [f"{number} {kind}" for kind, number in sorted(passed_over.items()) if number]
     if kinds:
         print_once(f"passed over: {', '.join(kinds)}", sys.stderr)
@@ -159,7 +160,7 @@ def open_with_datasets(name):
         pictures = [column for column in kinds if re.match("Image|.*binary", kinds[column])]
         if not pictures:
             raise UserError(f"no column of pictures, only {', '.join(kinds)}")
-        rows = rows
+        rows = rows.cast_column(pictures[0], datasets.Image())
         labels = [column for column in kinds if kinds[column].startswith("ClassLabel")]
         label = labels[0] if labels else find_column(LABEL_COLUMNS, kinds)
         name_of = rows.features[label].int2str if labels else str
@@ -183,6 +184,8 @@ def read_picture(file, image_size, open_picture=Image.open):
     file cannot be read. Its content, not its name, says which format it is."""
     try:
         with open_picture(file) as image:
+            if image.mode in ("F", "I") and image.format not in ("PNG", "PPM"):
+                return None  # floats or 32 bits: which value is white, only its owner knows
             # A JPEG can be decoded at a half, a quarter or an eighth of its size. Decoding at twice
             # the needed size leaves the rest to a better filter.
             image.draft(None, (2 * image_size, 2 * image_size))

@@ -1,6 +1,6 @@
 """The method in one figure, which the README shows.
 
-    python experiments/method_figure.py assets/laptop
+    python -m experiments.method_figure assets/laptop
 
 (a) A picture x and noise eps, z_t on the line between them, and v along it. (b) A drawn butterfly
 that was not trained on, at five t: z_t, the picture that the network predicts from it, and the
@@ -8,18 +8,16 @@ velocity. (c) Two dimensions, where everything is known: many straight lines cro
 their mean, and its path bends; in few Euler steps it still ends near the data. Needs matplotlib.
 """
 
-import sys
 from pathlib import Path
+
+from support.settings import UserError, new_parser, png_path, run_command
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common  # noqa: E402
-from data.drawn import draw_butterflies  # noqa: E402
-from experiments.plot_loss import pyplot, save_figure  # noqa: E402
-from model import UserError  # noqa: E402
+from data.drawn import draw_butterflies
+from experiments.plot_loss import pyplot, save_figure
+from model import DiT
 
-ASSETS = Path(__file__).parents[1] / "assets"
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CLASS_ID = 6  # the drawn butterfly of (b)
 DATA = torch.tensor([[2.2, 1.6], [2.9, 0.5], [2.4, -1.6], [3.1, -0.9]])  # the "pictures" of (c)
@@ -35,8 +33,9 @@ def mean_velocity(z, t):
     density of the noise at its other end; the velocity is their mean, (z - mean x) / t.
     """
     eps = (z - (1 - t) * DATA) / t  # (4, 2): the other ends of the lines
-    weights = torch.softmax(-(eps - NOISE_CENTRE).square().sum(dim=1) / 2, dim=0)
-    x = (weights[:, None] * DATA).sum(dim=0)
+    log_density = -(eps - NOISE_CENTRE).square().sum(dim=1) / 2
+    weights = torch.softmax(log_density, dim=0)
+    x = weights @ DATA
     return (z - x) / t
 
 
@@ -44,14 +43,17 @@ def euler_path(z, steps):
     """All states of Euler's method, (steps + 1, 2)."""
     states = [z]
     for step in range(steps):
-        z = z - mean_velocity(z, 1 - step / steps) / steps
+        t = 1 - step / steps
+        z = z - mean_velocity(z, t) / steps
         states.append(z)
     return torch.stack(states)
 
 
 def draw_line(axes):
     """(a) One line, from a picture to noise."""
-    x, eps, t = torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.2]), 0.6
+    t = 0.6
+    x = torch.tensor([0.0, 0.0])
+    eps = torch.tensor([3.0, 1.2])
     z = (1 - t) * x + t * eps
     axes.plot(*zip(x, eps), color="0.6", zorder=1)
     v = 0.35 * (eps - x)
@@ -69,15 +71,17 @@ def draw_line(axes):
 def draw_pictures(grid_axes, model, x):
     """(b) What the network makes of a picture x (1,3,S,S), in [-1, 1], at five t."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([CLASS_ID])
     for column, t in enumerate(TIMES):
         z = (1 - t) * x + t * noise
         with torch.no_grad():
-            v = model(z, torch.tensor([t]), torch.tensor([CLASS_ID]))
+            v = model(z, torch.tensor([t]), y)
         # v is halved, as it is up to twice as large as what a picture can show.
         rows = {"$z_t$": z, "predicted x": z - t * v, "v = ($z_t$ - x) / t": v / 2}
         for row, (name, picture) in enumerate(rows.items()):
             axes = grid_axes[row][column]
-            axes.imshow(((picture[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0))
+            brightness = (picture[0].clamp(-1, 1) + 1) / 2
+            axes.imshow(brightness.permute(1, 2, 0))  # height, width, RGB
             axes.set(xticks=[], yticks=[])
             if row == 0:
                 axes.set_title(f"t = {t}", fontsize=9)
@@ -92,31 +96,33 @@ def draw_paths(axes):
     ends = DATA[torch.arange(60) % len(DATA)]
     for start, end in zip(noise, ends):
         axes.plot(*zip(start, end), color="0.85", lw=0.7, zorder=1)
-    for number, start in enumerate(STARTS):
-        first = number == 0
-        smooth, coarse = euler_path(start, 400), euler_path(start, EULER_STEPS)
-        axes.plot(*smooth.T, color="C0", lw=2, label="path of the mean velocity" if first else None)
-        name = f"{EULER_STEPS} Euler steps" if first else None
-        axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1, label=name)
-    axes.scatter(*torch.cat([noise, STARTS]).T, color="0.3", s=6, zorder=2)
+    for start in STARTS:
+        smooth = euler_path(start, 400)
+        coarse = euler_path(start, EULER_STEPS)
+        (smooth_line,) = axes.plot(*smooth.T, color="C0", lw=2)
+        (coarse_line,) = axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1)
+    all_noise = torch.cat([noise, STARTS])
+    axes.scatter(*all_noise.T, color="0.3", s=6, zorder=2)
     axes.scatter(*DATA.T, color="C0", s=60, marker="s", zorder=4)
     axes.text(NOISE_CENTRE[0], -3.0, "noise", ha="center")
     axes.text(2.7, -2.4, "data", ha="center", color="C0")
     axes.set(ylim=(-3.2, 3.2), title="(c) many lines, and their mean")
     axes.invert_xaxis()  # data on the left, as in (a)
     axes.axis("off")
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    lines = [smooth_line, coarse_line]
+    names = ["path of the mean velocity", f"{EULER_STEPS} Euler steps"]
+    axes.legend(lines, names, loc="upper left", fontsize=8, frameon=False)
 
 
 def main():
-    parser = common.new_parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", help="trained on drawn butterflies: a folder or a Hub id")
-    output = ASSETS / "method.png"
-    text = "(default: assets/method.png)"
-    parser.add_argument("--output", type=common.parse_png, default=output, metavar="PNG", help=text)
+    text = "the figure (default: %(default)s)"
+    output = Path("assets/method.png")
+    parser.add_argument("--output", type=png_path, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
     plt = pyplot()
-    model = common.load_model(flags.checkpoint)
+    model = DiT.from_pretrained(flags.checkpoint)
     images, labels, class_names = draw_butterflies(1, model.image_size, seed=7)
     if model.class_names != class_names:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")
@@ -132,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    run_command(main)

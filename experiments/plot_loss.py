@@ -1,67 +1,51 @@
-"""Draw the losses of a run: python experiments/plot_loss.py out [--output loss.png]
+"""Draw the losses of a run: python -m experiments.plot_loss out [--output loss.png]
 
 Reads log.csv in the folder of a run and writes a PNG, loss.png in that folder unless named: the
 training and the held-out loss against steps. Needs matplotlib.
 """
 
-import csv
-import sys
+import os
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common  # noqa: E402
-import hub  # noqa: E402
-from model import UserError  # noqa: E402
+from support.checkpoint import read_log, write_beside
+from support.settings import UserError, new_parser, png_path, run_command
 
 
 def pyplot():
     """matplotlib's drawing functions, which need no screen. Raises UserError if it is missing."""
+    # Agg only writes files. Another backend, which a notebook may have named here, may be missing.
+    os.environ["MPLBACKEND"] = "Agg"
     try:
-        import matplotlib
+        import matplotlib.pyplot
     except ImportError as error:
         raise UserError(f"matplotlib is missing: pip install matplotlib ({error})") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
     return matplotlib.pyplot
 
 
 def save_figure(figure, path, dpi=110):
-    """Write a figure of matplotlib as common.write_beside does; makes the folder."""
-    common.make_folder(path.parent)
-    common.write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi))
-
-
-def read_log(path):
-    """The steps of a log.csv, and {"train_loss", "val_loss"} at them. Raises UserError if it is not
-    the log of a run, or has no row yet."""
-    if not path.is_file():
-        raise UserError(f"no run in {path.parent}: {path} does not exist")
-    try:
-        rows = hub.whole_rows(path)
-        names = ("train_loss", "val_loss")
-        steps = [int(row["step"]) for row in rows]
-        losses = {name: [float(row[name]) for row in rows] for name in names}
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not the log of a run: {error!r}") from error
-    if not rows:
-        raise UserError(f"{path} has no row yet: wait for the first EVAL_EVERY steps")
-    return steps, losses
+    """Write a figure of matplotlib as support.checkpoint.write_beside does."""
+    write_beside(path, lambda beside: figure.savefig(beside, dpi=dpi))
 
 
 def main():
-    parser = common.new_parser(__doc__)
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run, with log.csv in it")
     text = "the figure (default: loss.png in that folder)"
-    parser.add_argument("--output", type=common.parse_png, metavar="PNG", help=text)
+    parser.add_argument("--output", type=png_path, metavar="PNG", help=text)
     flags = parser.parse_args()
     plt = pyplot()
-    steps, losses = read_log(flags.run / "log.csv")
+    log = flags.run / "log.csv"
+    rows = read_log(log)
+    if not rows or "val_loss" not in rows[0]:
+        raise UserError(f"no losses in {log}: a run writes them every EVAL_EVERY steps")
+    steps = [int(row["step"]) for row in rows]
+    train_losses = [float(row["train_loss"]) for row in rows]
+    val_losses = [float(row["val_loss"]) for row in rows]
+
     marker = "." if len(steps) == 1 else None  # a line through one point cannot be seen
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(steps, losses["train_loss"], marker=marker, label="training")
-    label = "held-out pictures, averaged weights"
-    axes.plot(steps, losses["val_loss"], marker=marker, label=label)
+    axes.plot(steps, train_losses, marker=marker, label="training")
+    axes.plot(steps, val_losses, marker=marker, label="held-out pictures, averaged weights")
     axes.set(xlabel="step", ylabel="mean squared velocity error")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -72,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    run_command(main)

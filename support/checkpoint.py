@@ -53,7 +53,8 @@ def the_only_run(folder):
     """Keep other processes from training into the folder, and git from listing what is in it.
     Raises UserError if another process has the folder. A crash leaves no lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("*\n")
     try:
         # Each of torchrun's processes has a lock of its own.
         with FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0):
@@ -70,7 +71,7 @@ def write_log(path, rows):
     row: you may have added one while the run was stopped."""
     columns = list(rows[-1])
     lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    text = "".join(",".join(line) + "\n" for line in lines)
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
 
 

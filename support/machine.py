@@ -86,8 +86,9 @@ def compile_model(model):
         try:
             return compiled(*arguments)
         except Exception as error:  # the compiler's; one of the model's own comes again below
-            reason = " ".join(str(error).split())[:200]
-            print_once(f"warning: torch.compile failed (try --compile off): {reason}", sys.stderr)
+            print_once(
+                f"warning: torch.compile failed (try --compile off): {error!r:.200}", sys.stderr
+            )
         model.forward = eager
         return eager(*arguments)
 

@@ -7,8 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-TYPES = (bool, int, float, str)  # of a setting
-
 # {name: (kind, lowest, highest)}. A constant that is not listed has no limits.
 KINDS = {int: "whole number", float: "number"}
 MANY = 10**12

@@ -1,4 +1,4 @@
-"""A small Hub on the loopback address: the few endpoints that downloading a repository asks for."""
+"""A small Hub on the loopback address: the few endpoints that a download or an upload asks for."""
 
 import base64
 import hashlib
@@ -9,6 +9,7 @@ from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ERRORS = {401: "RepoNotFound", 403: "GatedRepo", 404: "RepoNotFound"}
 
 
 def entry(path, folder):
@@ -21,117 +22,18 @@ def entry(path, folder):
 
 
 class Hub:
-    """Serves the folders of `repositories` ({"datasets/you/name" or "you/name": folder}).
+    """Serves repositories {"datasets/you/name" or "you/name": folder}; an HTTP status in the place
+    of a folder is what all requests are answered with.
 
     uploads: a folder in which repositories may be created. As a context manager it yields itself;
     `url` is what HF_ENDPOINT has to be, `asked` the paths.
     """
 
     def __init__(self, repositories, uploads=None):
-        hub, self.asked, self.uploads = self, [], uploads
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                path = unquote(urlsplit(self.path).path).strip("/")
-                hub.asked.append(path)
-                for name, folder in repositories.items():
-                    if f"{path}/".startswith(f"api/{hub.api_name(name)}/"):
-                        return self.describe(path, name, Path(folder))
-                    if path.startswith(f"{name}/resolve/"):
-                        file = Path(folder, path.removeprefix(f"{name}/resolve/").split("/", 1)[1])
-                        if file.is_file():
-                            return self.answer(file.read_bytes())
-                        return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
-                return self.answer(b"", 404, **{"X-Error-Code": "RepoNotFound"})
-
-            do_HEAD = do_GET
-
-            def do_POST(self):
-                """paths-info, what is known of some files; and what an upload needs."""
-                asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                if hub.uploads is not None and "paths-info" not in self.path:
-                    answer = hub.take(urlsplit(self.path).path.strip("/"), asked)
-                    return self.answer(json.dumps(answer).encode())
-                wanted = (
-                    parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
-                )
-                path = unquote(urlsplit(self.path).path).strip("/")
-                hub.asked.append(path)
-                for name, folder in repositories.items():
-                    if path.startswith(f"api/{hub.api_name(name)}/paths-info/"):
-                        return self.describe(path, name, Path(folder), wanted)
-                return self.answer(b"", 404, **{"X-Error-Code": "RepoNotFound"})
-
-            def describe(self, path, name, folder, wanted=None):
-                files = sorted(p for p in folder.rglob("*") if p.is_file())
-                if wanted is not None:
-                    known = [
-                        p for p in folder.rglob("*") if p.relative_to(folder).as_posix() in wanted
-                    ]
-                    listing = [entry(p, folder) for p in known]
-                elif "/tree/" in path:
-                    _, _, below = path.partition("/tree/")[2].partition("/")  # of the commit
-                    everything = "recursive=True" in self.path or "recursive=true" in self.path
-                    found = (folder / below).glob("**/*" if everything else "*")
-                    listing = [entry(p, folder) for p in sorted(found)]
-                else:
-                    siblings = [{"rfilename": p.relative_to(folder).as_posix()} for p in files]
-                    short = name.removeprefix("datasets/")
-                    listing = {"id": short, "sha": COMMIT, "siblings": siblings, "tags": []}
-                    listing |= {"private": False, "downloads": 0, "likes": 0}
-                self.answer(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
-
-            def answer(self, body, status=200, **headers):
-                self.send_response(status)
-                headers["Content-Length"] = str(len(body))
-                headers["X-Repo-Commit"] = COMMIT
-                headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.repositories, self.uploads, self.asked = repositories, uploads, []
+        handler = type("HandlerOfOne", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def take(self, path, asked):
-        """Create a repository, or take a commit of small files: they go to `uploads`."""
-        self.asked.append(path)
-        if path == "api/repos/create":
-            name = "/".join(
-                filter(None, (json.loads(asked).get("organization"), json.loads(asked)["name"]))
-            )
-            (self.uploads / name).mkdir(parents=True)
-            return {"url": f"{self.url}/{name}", "name": name, "id": name}
-        if "/preupload/" in path:
-            files = json.loads(asked)["files"]
-            modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            return {"files": [{"path": file["path"], **modes} for file in files]}
-        if "/commit/" in path:
-            name = path.removeprefix("api/models/").partition("/commit/")[0]
-            folder = self.uploads / name
-            for line in filter(None, asked.splitlines()):
-                value = json.loads(line)["value"]
-                if json.loads(line)["key"] == "file":
-                    target = folder / value["path"]
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(base64.b64decode(value["content"]))
-            return {
-                "commitUrl": f"{self.url}/{name}/commit/{COMMIT}",
-                "commitOid": COMMIT,
-                "success": True,
-            }
-        return {"errors": [], "warnings": []}  # validate-yaml
-
-    @staticmethod
-    def api_name(name):
-        return name if name.startswith("datasets/") else f"models/{name}"
 
     def __enter__(self):
         Thread(target=self.server.serve_forever, daemon=True).start()
@@ -140,3 +42,96 @@ class Hub:
     def __exit__(self, *error):
         self.server.shutdown()
         self.server.server_close()
+
+    def take(self, path, asked):
+        """Create a repository, or take a commit of small files: they go to `uploads`."""
+        if path == "api/repos/create":
+            asked = json.loads(asked)
+            name = f"{asked['organization']}/{asked['name']}"
+            (self.uploads / name).mkdir(parents=True)
+            return {"url": f"{self.url}/{name}", "name": name, "id": name}
+        if "/preupload/" in path:
+            modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            files = [{"path": file["path"], **modes} for file in json.loads(asked)["files"]]
+            return {"files": files}
+        if "/commit/" in path:
+            name = path.removeprefix("api/models/").partition("/commit/")[0]
+            for line in filter(None, asked.splitlines()):
+                value = json.loads(line)["value"]
+                if json.loads(line)["key"] == "file":
+                    target = self.uploads / name / value["path"]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(base64.b64decode(value["content"]))
+            commit = {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+            return {**commit, "success": True}
+        return {"errors": [], "warnings": []}  # validate-yaml
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = self.note_path()
+        for name, folder in self.hub.repositories.items():
+            kind = "" if name.startswith("datasets/") else "models/"
+            if f"{path}/".startswith(f"api/{kind}{name}/"):
+                return self.describe(path, name, folder)
+            if path.startswith(f"{name}/resolve/"):
+                file = folder / path.removeprefix(f"{name}/resolve/").split("/", 1)[1]
+                if file.is_file():
+                    return self.answer(file.read_bytes())
+                return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
+        return self.refuse(404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        """paths-info, what is known of some files; and what an upload needs."""
+        path = self.note_path()
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        name, found, _ = path.removeprefix("api/").partition("/paths-info/")
+        if not found:
+            return self.answer(json.dumps(self.hub.take(path, asked)).encode())
+        wanted = parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
+        folder = self.hub.repositories[name]
+        known = [folder / file for file in wanted if (folder / file).exists()]
+        self.answer(json.dumps([entry(path, folder) for path in known]).encode())
+
+    def note_path(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.asked.append(path)
+        return path
+
+    def describe(self, path, name, folder):
+        """Answer with the files of a repository, or of a folder in it."""
+        if isinstance(folder, int):
+            return self.refuse(folder)
+        if "/tree/" in path:
+            _, _, below = path.partition("/tree/")[2].partition("/")  # of the commit
+            everything = "recursive=true" in self.path.lower()
+            found = (folder / below).glob("**/*" if everything else "*")
+            listing = [entry(path, folder) for path in sorted(found)]
+        else:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            siblings = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
+            short = name.removeprefix("datasets/")
+            listing = {"id": short, "sha": COMMIT, "siblings": siblings, "tags": []}
+            listing |= {"private": False, "downloads": 0, "likes": 0}
+        self.answer(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
+
+    def refuse(self, status):
+        self.answer(b"", status, **{"X-Error-Code": ERRORS[status]})
+
+    def answer(self, body, status=200, **headers):
+        self.send_response(status)
+        headers["Content-Length"] = str(len(body))
+        headers["X-Repo-Commit"] = COMMIT
+        headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass

@@ -1,22 +1,24 @@
-"""The Hub's format and its traps, and downloads from a small server on the loopback address."""
+"""The Hub's format, its card, and downloads from a small server on the loopback address."""
 
-import csv
+import contextlib
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
+from support.settings import UserError
+
+import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, environment, refused
+from helpers import FEW, call, refused, rows, save, solid
 from hub_server import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
-import train
-from model import DiT, UserError
+from model import DiT
+
+HUB_FILES = {"config.json", "model.safetensors", "README.md"}
+SAMPLE = ["--class-id", 1, "--steps", 2, "--device", "cpu"]
 
 
 def make(names=("a", "ß ü", "蝶 / ..")):
@@ -26,60 +28,65 @@ def make(names=("a", "ß ü", "蝶 / ..")):
     return model
 
 
-def assert_equal(a, b):
-    assert a.class_names == b.class_names and a.image_size == b.image_size
-    assert a.state_dict().keys() == b.state_dict().keys()
-    assert all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
-    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
-    assert torch.equal(a(z, t, y), b(z, t, y))
+# Saved and loaded
 
 
-def test_saved_and_loaded_is_the_same_and_prints_nothing(tmp_path, capsys):
+def test_saved_and_loaded_is_the_same_and_prints_nothing(tmp_path, capfd):
     model = make()
     model.save_pretrained(tmp_path)
-    again = DiT.from_pretrained(tmp_path)
-    assert_equal(model, again)
-    assert not again.training
-    assert capsys.readouterr().out == ""
-    config = json.loads((tmp_path / "config.json").read_text())
+    again = DiT.from_pretrained(str(tmp_path))
+    assert again.class_names == model.class_names and again.image_size == model.image_size
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    assert torch.equal(model(z, t, y), again(z, t, y))
+    assert not again.training and capfd.readouterr() == ("", "")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     assert config["class_names"] == model.class_names and config["dim"] == 16
     again.save_pretrained(tmp_path / "second")
-    assert json.loads((tmp_path / "second" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "second" / "config.json").read_text("utf-8")) == config
 
 
-def test_missing_weights_are_refused(tmp_path):
+CONFIGS = [
+    ({"rope": True}, "config.json", "rope"),
+    ({"dim": "16"}, "config.json", "DIM is '16'"),
+    ({"class_names": None}, "config.json", "class_names"),
+    ({"image_size": 15}, "config.json", "IMAGE_SIZE 15"),
+    ({"depth": -1}, "config.json", "DEPTH is -1"),
+    ({"class_names": ["a", "b"]}, "model.safetensors", "class_embedding"),
+    ({"image_size": 32}, "model.safetensors", "positions"),
+    ({"depth": 2}, "model.safetensors", "blocks.1"),
+]
+
+
+@pytest.mark.parametrize("change, file, word", CONFIGS)
+def test_a_config_of_another_model_is_one_line(tmp_path, change, file, word):
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    line = refused("sample", "--checkpoint", tmp_path, cwd=tmp_path)
+    assert str(tmp_path / file) in line and word in line and len(line) < 600
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"[1, 2]", b"\xff\xfe{", b"[" * 100_000])
+def test_a_file_that_is_missing_or_damaged_is_named(tmp_path, name, content):
+    make().save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        DiT.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path):
     make().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["final_layer.weight"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="final_layer.weight"):
+    with pytest.raises(UserError, match="model.safetensors.*final_layer.weight"):
         DiT.from_pretrained(tmp_path)
 
 
-def test_weights_of_another_size_are_refused(tmp_path):
-    make().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["class_names"].append("one more")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="class_embedding"):
-        DiT.from_pretrained(tmp_path)
-    assert str(tmp_path) in refused("sample.py", "--checkpoint", tmp_path, cwd=tmp_path)
-
-
-def test_a_folder_without_config_is_refused_by_name(tmp_path):
-    make().save_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match="config.json"):
-        DiT.from_pretrained(tmp_path)
-
-
-def test_a_config_of_another_model_is_refused_by_name(tmp_path):
-    make().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "rope": True}))
-    with pytest.raises(UserError, match="rope"):
-        DiT.from_pretrained(tmp_path)
-    assert "rope" in refused("sample.py", "--checkpoint", tmp_path, cwd=tmp_path)
+# The card
 
 
 def test_what_was_changed_after_loading_is_saved(tmp_path):
@@ -91,149 +98,180 @@ def test_what_was_changed_after_loading_is_saved(tmp_path):
     assert again.cfg_scale == 4.5 and again.class_names[0] == "A"
 
 
-def test_a_model_saved_from_elsewhere_keeps_its_grid(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(trained)
-    model = DiT.from_pretrained("out")
-    monkeypatch.chdir(tmp_path)
-    model.save_pretrained("first", model_card_kwargs={"license": "cc-by-nc-4.0"})
-    assert "After 30 steps" in Path("first", "README.md").read_text()
-    assert ModelCard.load("first/README.md").data.license == "cc-by-nc-4.0"
-    DiT.from_pretrained("first").save_pretrained("second")
-    DiT.from_pretrained("second").save_pretrained("second")  # in place of itself
-    grid = (trained / "out" / "samples" / "step-000030.png").read_bytes()
-    assert Path("second", "grid.png").read_bytes() == grid
-    assert "grid.png" in Path("second", "README.md").read_text()
-
-
-def test_a_checkpoint_is_never_half_there(tmp_path, monkeypatch):
-    # save_pretrained deletes config.json first and writes in place. If writing fails in the middle,
-    # here because the state cannot be pickled, the earlier checkpoint must still stand.
-    monkeypatch.setattr(train, "OUT_DIR", str(tmp_path))
-    first = make()
-    optimizer = torch.optim.AdamW(first.parameters())
-    train.save_checkpoint(first, first, optimizer, {"step": 1})
-    with pytest.raises((AttributeError, TypeError, RuntimeError, ValueError)):
-        other = make(names=("x",))
-        train.save_checkpoint(other, other, optimizer, {"step": 2, "bad": lambda: None})
-    assert_equal(first, DiT.from_pretrained(tmp_path))
-    assert torch.load(tmp_path / "train_state.pt", weights_only=True)["step"] == 1
-    train.save_checkpoint(other, other, optimizer, {"step": 3})
-    assert DiT.from_pretrained(tmp_path).class_names == ["x"]
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.json", "model.safetensors", "train_state.pt"}
-
-
-def test_the_card_says_dataset_size_and_how_to_sample(tmp_path):
-    make().save_pretrained(tmp_path)  # push_to_hub uploads just these files
-    card = (tmp_path / "README.md").read_text()
-    assert "my pictures" in card and "3\nclasses" in card
-    millions = sum(p.numel() for p in make().parameters()) / 1e6
-    assert f"{millions:.2f} M parameters" in card
-    assert "sample.py --checkpoint" in card
-    assert card.startswith("---\n") and "license: mit" in card
-
-
-def test_a_dataset_comes_from_the_hub_into_its_cache(pictures, tmp_path):
-    repository = tmp_path / "repository"
-    shutil.copytree(pictures, repository)
-    (repository / "README.md").write_text("# Pictures")
-    (repository / ".gitattributes").write_text("*.png filter=lfs")
-    (repository / ".cache" / "huggingface").mkdir(parents=True)
-    (repository / ".cache" / "huggingface" / "left.png").write_bytes(b"not a picture")
-    work, home = tmp_path / "work", tmp_path / "home"
-    work.mkdir()
-    with Hub({"datasets/someone/pictures": repository}) as hub:
-        settings = [*SMALL, "--dataset", "someone/pictures", "--steps", 4, "--batch-size", 4]
-        out, _ = call("train.py", *settings, cwd=work, HF_ENDPOINT=hub.url, HF_HOME=str(home))
-        assert any(path.startswith("datasets/someone/pictures/resolve/") for path in hub.asked)
-    assert "3 classes, 21 pictures" in out
-    assert [path.name for path in work.iterdir()] == ["out"]
-    model = DiT.from_pretrained(work / "out")
-    assert model.class_names == sorted(path.name for path in pictures.iterdir())
-    assert model.dataset == "someone/pictures"
-
-
-def test_a_dataset_that_the_hub_does_not_have(tmp_path):
-    with Hub({}) as hub:
-        flags = ["--dataset", "someone/nothing", "--device", "cpu", *SMALL]
-        line = refused("train.py", *flags, cwd=tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    assert "someone/nothing" in line and "--preset laptop" in line and "--dataset FOLDER" in line
-
-
-def test_a_model_that_the_hub_does_not_have(tmp_path):
-    with Hub({}) as hub:
-        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-        line = refused("sample.py", "--checkpoint", "someone/nothing", cwd=tmp_path, **extra)
-    assert "someone/nothing" in line
-
-
-def test_a_repository_on_the_hub_without_a_model(pictures, tmp_path):
-    with Hub({"someone/pictures": pictures}) as hub:
-        extra = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-        flags = ["--checkpoint", "someone/pictures"]
-        _, err = call("sample.py", *flags, cwd=tmp_path, status=2, **extra)
-    line = err.splitlines()[-1]  # after a progress bar
-    assert "no model in someone/pictures" in line and "config.json" in line
-
-
-PUSH = "import sys; sys.path.insert(0, sys.argv[1]); from model import DiT; "
-PUSH += "DiT.from_pretrained('out').push_to_hub('you/butterflies', token='hf_secret')"
-
-
-def test_what_is_pushed_samples_the_same_and_has_a_card(trained, tmp_path):
-    home = {"HF_HOME": str(tmp_path / "home")}
-    few = ["--steps", 2, "--class-id", 1, "--output"]
-    with Hub({"you/butterflies": tmp_path / "you" / "butterflies"}, uploads=tmp_path) as hub:
-        command = [sys.executable, "-c", PUSH, str(ROOT)]
-        extra = environment(HF_ENDPOINT=hub.url, **home)
-        subprocess.run(command, cwd=trained, env=extra, check=True, capture_output=True)
-        pushed = {path.name for path in (tmp_path / "you" / "butterflies").iterdir()}
-        assert pushed >= {"config.json", "model.safetensors", "README.md", "grid.png"}
-        assert "train_state.pt" not in pushed
-        flags = ["--checkpoint", "you/butterflies", *few, tmp_path / "hub.png"]
-        call("sample.py", *flags, cwd=tmp_path, HF_ENDPOINT=hub.url, **home)
-    call("sample.py", *few, tmp_path / "local.png", cwd=trained)
-    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "local.png").read_bytes()
-
-    grid = (tmp_path / "you" / "butterflies" / "grid.png").read_bytes()
-    assert grid == (trained / "out" / "samples" / "step-000030.png").read_bytes()
-    card = ModelCard.load(tmp_path / "you" / "butterflies" / "README.md")
-    assert card.data.pipeline_tag == "unconditional-image-generation"
-    assert card.data.library_name == "nanodit" and card.data.license == "mit"
-    assert card.data.widget[0]["output"]["url"] == "grid.png"
-    with open(trained / "out" / "log.csv") as file:
-        loss = float(list(csv.DictReader(file))[-1]["val_loss"])
-    assert f"After 30 steps the held-out loss was {loss:.4f}." in card.content
-    assert "trained with nanoDiT on pictures: 3\nclasses" in card.content
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
-def test_weights_are_as_readable_as_other_files(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        make().save_pretrained(tmp_path)
-    finally:
-        os.umask(before)
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / name).stat().st_mode & 0o777 == mode
-
-
-def test_a_card_shows_the_newest_grid_and_the_last_whole_row(trained, tmp_path):
-    run = tmp_path / "out"
-    shutil.copytree(trained / "out", run)
-    (run / "samples" / "step-999999.png").write_bytes(b"older")
-    (run / "samples" / "step-1000000.png").write_bytes(b"newest")
-    with open(run / "log.csv", "a") as log:
-        log.write("40,0.1")  # cut short
-    model = DiT.from_pretrained(run)
-    model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "grid.png").read_bytes() == b"newest"
-    assert "After 30 steps" in (tmp_path / "saved" / "README.md").read_text()
-
-
-def test_a_card_without_a_run_names_no_picture(tmp_path):
+def test_the_card_says_dataset_classes_size_and_how_to_sample(tmp_path):
     make().save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "grid.png" not in card.content and "held-out" not in card.content
-    assert not (tmp_path / "grid.png").exists()
+    millions = sum(weight.numel() for weight in make().parameters()) / 1e6
+    text = " ".join(card.text.split())
+    assert "trained with nanoDiT on my pictures: 3 classes, 16x16 pixels" in text
+    assert f"{millions:.2f} M parameters" in text and "sample.py --checkpoint" in text
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.library_name == "nanodit" and card.data.license == "mit"
+    assert "grid.png" not in text and "held-out" not in text  # as there was no run
+    assert {path.name for path in tmp_path.iterdir()} == HUB_FILES
+
+
+def test_the_card_of_a_run_has_its_figures_and_its_newest_grid(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "out" / "samples" / "step-999999.png").write_bytes(b"older")
+    (tmp_path / "out" / "samples" / "step-1000000.png").write_bytes(b"newest")
+    names = ["out", "first", "second", "second"]  # at last in place of itself
+    for source, target in zip(names, names[1:]):
+        DiT.from_pretrained(tmp_path / source).save_pretrained(tmp_path / target)
+        assert (tmp_path / target / "grid.png").read_bytes() == b"newest"
+        assert "![samples](grid.png)" in (tmp_path / target / "README.md").read_text("utf-8")
+    loss = float(rows(trained / "out")[-1]["val_loss"])
+    figures = f"After 30 steps the held-out loss was {loss:.4f}."
+    assert figures in (tmp_path / "first" / "README.md").read_text("utf-8")
+
+
+# Downloads
+
+
+def pretend(monkeypatch, url, cache):
+    """Let this process take a server for the Hub, and an empty folder for its cache."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """A function that starts a Hub, which this process takes for the real one."""
+    with contextlib.ExitStack() as until_the_end:
+
+        def serve(repositories, **options):
+            hub = until_the_end.enter_context(Hub(repositories, **options))
+            pretend(monkeypatch, hub.url, tmp_path / "cache")
+            return hub
+
+        yield serve
+
+
+def stop(monkeypatch, tmp_path):
+    """From now on nothing listens where the Hub was, and what was downloaded is still there."""
+    pretend(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+
+
+def train_on(name, folder):
+    run = [*FEW, "--dataset", name, "--steps", 1, "--overwrite"]
+    out, _ = call("train", *run, cwd=folder)
+    return out
+
+
+def test_what_is_pushed_samples_the_same(serve, trained, tmp_path, monkeypatch):
+    pushed = tmp_path / "hub" / "you" / "butterflies"
+    serve({"you/butterflies": pushed}, uploads=tmp_path / "hub")
+    DiT.from_pretrained(trained / "out").push_to_hub("you/butterflies", token="hf_secret")
+    assert {path.name for path in pushed.iterdir()} >= {*HUB_FILES, "grid.png"}
+    assert not (pushed / "train_state.pt").exists()
+    from_hub = ["--checkpoint", "you/butterflies", *SAMPLE]
+    call("sample", *from_hub, "--output", "hub.png", cwd=tmp_path)
+    stop(monkeypatch, tmp_path)
+    call("sample", *from_hub, "--output", "again.png", cwd=tmp_path)
+    call("sample", *SAMPLE, "--output", tmp_path / "local.png", cwd=trained)
+    for name in ("hub.png", "again.png"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "local.png").read_bytes()
+
+
+def test_a_dataset_comes_from_the_hub_into_its_cache(serve, pictures, tmp_path, monkeypatch):
+    repository, work = tmp_path / "repository", tmp_path / "work"
+    for split, count in (("train", 21), ("test", 3)):
+        for n in range(count):
+            save(solid(colour=(9 * n, 0, 90)), repository / split / "abc"[n % 3] / f"{n}.png")
+    (repository / "README.md").write_text("# Pictures")
+    work.mkdir()
+    hub = serve({"datasets/someone/pictures": repository})
+    assert "3 classes: a, b, c\n21 pictures" in train_on("someone/pictures", work)
+    assert any("train/a" in path for path in hub.asked)
+    assert not any("resolve" in path and "test/a" in path for path in hub.asked)
+    assert [path.name for path in work.iterdir()] == ["out"]
+    assert DiT.from_pretrained(work / "out").dataset == "someone/pictures"
+    stop(monkeypatch, tmp_path)  # what was downloaded is enough: test/ is not missed
+    assert "21 pictures" in train_on("someone/pictures", work)
+
+
+def test_a_flat_repository_is_a_class_of_its_own_name(serve, tmp_path):
+    for n in range(12):
+        save(solid(), tmp_path / "repository" / f"{n}.png")
+    serve({"datasets/you/pictures": tmp_path / "repository"})
+    assert "1 classes: pictures\n12 pictures" in train_on("you/pictures", tmp_path)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_the_hub_does_not_give_is_one_line(serve, tmp_path, status):
+    serve({"you/private": status, "datasets/you/private": status})
+    line = refused("sample", "--checkpoint", "you/private", cwd=tmp_path)
+    assert "cannot download you/private from the Hub" in line and str(status) in line
+    line = refused("train", *FEW, "--dataset", "you/private", cwd=tmp_path)
+    assert "cannot download you/private from the Hub" in line and "--dataset FOLDER" in line
+
+
+def test_without_a_network_it_is_one_line(monkeypatch, tmp_path):
+    stop(monkeypatch, tmp_path)
+    line = refused("sample", "--checkpoint", "you/butterflies", cwd=tmp_path)
+    assert "cannot download you/butterflies from the Hub" in line
+    line = refused("train", *FEW, "--dataset", "you/pictures", cwd=tmp_path)
+    assert "--preset laptop" in line
+
+
+def test_a_proxy_that_needs_another_package_is_one_line(monkeypatch, tmp_path):
+    huggingface_hub.close_session()
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    pretend(monkeypatch, "http://hub.invalid", tmp_path)
+    line = refused("train", *FEW, "--dataset", "you/pictures", cwd=tmp_path)
+    assert "cannot download you/pictures from the Hub" in line and "socks" in line.lower()
+    huggingface_hub.close_session()
+
+
+def test_a_repository_on_the_hub_without_a_model_is_one_line(serve, pictures, tmp_path):
+    serve({"someone/pictures": pictures})
+    _, err = call("sample", "--checkpoint", "someone/pictures", cwd=tmp_path, status=2)
+    line = err.splitlines()[-1]  # perhaps after a progress bar
+    assert "someone/pictures" in line and "config.json" in line
+
+
+# Parquet, by the `datasets` library
+
+
+@pytest.fixture
+def parquet(serve, tmp_path, monkeypatch):
+    """A data set you/cifar of parquet files on the Hub: its folder, and the Hub."""
+    datasets = pytest.importorskip("datasets", reason="needs pip install datasets")
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    names = ["plane", "car", "bird"]
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    for split, count in (("train", 12), ("test", 3)):
+        columns = {"img": [solid()] * count, "label": [n % 3 for n in range(count)]}
+        table = datasets.Dataset.from_dict(columns, datasets.Features(features))
+        table.to_parquet(repository / f"{split}-00000-of-00001.parquet")
+    hub = serve({"datasets/you/cifar": repository})
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return repository, hub
+
+
+def test_the_train_split_of_parquet_on_the_hub_is_all_that_comes(parquet, tmp_path):
+    _, hub = parquet
+    out = train_on("you/cifar", tmp_path)
+    assert "3 classes: plane, car, bird\n12 pictures" in out
+    assert any("train-00000" in path for path in hub.asked)
+    assert not any("resolve" in path and "test-00000" in path for path in hub.asked)
+
+
+def test_without_the_library_one_line_says_how_to_get_it(parquet, tmp_path, monkeypatch):
+    _, hub = parquet
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    _, err = call("train", *FEW, "--dataset", "you/cifar", cwd=tmp_path, status=2)
+    assert "you/cifar" in err and "pip install datasets" in err.splitlines()[-1]
+    assert not any("resolve" in path and "parquet" in path for path in hub.asked)
+
+
+def test_a_data_set_that_the_library_cannot_read_is_one_line(parquet, tmp_path):
+    repository, _ = parquet
+    (repository / "train-00000-of-00001.parquet").write_bytes(b"not parquet")
+    _, err = call("train", *FEW, "--dataset", "you/cifar", cwd=tmp_path, status=2)
+    assert "you/cifar" in err.splitlines()[-1]

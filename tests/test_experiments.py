@@ -1,0 +1,384 @@
+"""experiments/: what is measured, drawn and played there, against closed forms."""
+
+import math
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from unittest import mock
+
+from support.settings import UserError
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, call, environment, opened, refused, save
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+import sample
+import train
+from data.drawn import draw_butterflies
+from experiments import demo, judge_drawn, method_figure, plot_loss, sampling, score, speed
+from model import DiT
+
+LAPTOP = ROOT / "assets" / "laptop"
+
+
+def save_pictures(images, folder):
+    for i, image in enumerate(images):
+        save(to_pil_image(image), folder / f"{i}.png")
+
+
+# Losses and pictures
+
+
+def test_losses_are_drawn_whatever_backend_a_notebook_has_named(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "experiments.plot_loss", trained / "out"]
+    backend = environment(MPLBACKEND="module://not_installed")
+    figure = tmp_path / "new" / "loss.png"
+    subprocess.run([*command, "--output", figure], cwd=ROOT, env=backend, check=True)
+    assert len(opened(figure).getcolors(1 << 24)) > 20  # lines, not an empty sheet
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot_loss.pyplot()
+
+
+@pytest.mark.parametrize("text", [None, "step,train_loss,val_loss\n", "time,loss\n1,2\n"])
+def test_a_log_without_losses_is_refused(tmp_path, text):
+    pytest.importorskip("matplotlib")
+    if text:
+        (tmp_path / "log.csv").write_text(text)
+    assert "no losses in" in refused("experiments.plot_loss", tmp_path, cwd=tmp_path)
+
+
+def roughness(image):
+    """Mean difference of neighbouring pixels."""
+    return pil_to_tensor(image).float().diff(dim=2).abs().mean().item()
+
+
+def test_the_strip_goes_from_noise_to_samples(trained, tmp_path):
+    folder = tmp_path / "new"
+    out, _ = call("experiments.pictures", trained / "out", "--output", folder, cwd=tmp_path)
+    assert out.split() == [str(folder / "drawn.png"), str(folder / "strip.png")]
+    strip = opened(folder / "strip.png")  # 5 rows of 11, of 16 pixels and a margin
+    assert strip.size == (11 * 18 + 2, 5 * 18 + 2)
+    noise = strip.crop((2, 2, 18, 18))
+    picture = strip.crop((10 * 18 + 2, 2, 10 * 18 + 18, 18))
+    assert roughness(noise) > 1.5 * roughness(picture)
+    assert opened(folder / "drawn.png").size == (15 * 66 + 2, 5 * 66 + 2)
+
+
+def test_progress_shows_the_first_row_of_each_grid(trained, tmp_path):
+    run = trained / "out"
+    call("experiments.progress", run, "--steps", 30, 15, "--output", "rows.png", cwd=tmp_path)
+    rows = opened(tmp_path / "rows.png")
+    for i, step in enumerate((30, 15)):
+        grid = opened(run / "samples" / f"step-{step:06}.png")
+        assert rows.size == (grid.width, 2 * 18 + 2)
+        first = grid.crop((0, 0, grid.width, 18)).tobytes()
+        assert rows.crop((0, 18 * i, grid.width, 18 * i + 18)).tobytes() == first
+    line = refused("experiments.progress", run, "--steps", 7, cwd=tmp_path)
+    assert "step-000007.png does not exist" in line
+
+
+def test_the_velocity_in_the_figure_is_the_mean_of_many_lines():
+    # The mean of eps - x over many pairs whose line comes close to z, against the closed form.
+    t, n, z = 0.6, 1_000_000, torch.tensor([0.2, -0.3])
+    generator = torch.Generator().manual_seed(0)
+    x = method_figure.DATA[torch.randint(4, (n,), generator=generator)]
+    eps = method_figure.NOISE_CENTRE + torch.randn(n, 2, generator=generator)
+    near = ((1 - t) * x + t * eps - z).norm(dim=1) < 0.05
+    mean = (eps - x)[near].mean(0)
+    torch.testing.assert_close(method_figure.mean_velocity(z, t), mean, atol=0.15, rtol=0)
+    for begin in method_figure.STARTS:  # paths end at a point of the data
+        end = method_figure.euler_path(begin, 200)[-1]
+        assert (method_figure.DATA - end).norm(dim=1).min() < 0.05
+
+
+def test_the_figure_of_the_method_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    call("experiments.method_figure", LAPTOP, "--output", "method.png", cwd=tmp_path)
+    image = opened(tmp_path / "method.png")
+    assert image.width > 1000 and len(image.getcolors(1 << 24)) > 20_000  # of pictures, too
+
+
+def test_half_precision_is_half_as_large_and_samples_the_same(trained, tmp_path):
+    flags = [trained / "out", tmp_path / "half", "--cfg-scale", 2.5]
+    call("experiments.shrink", *flags, cwd=tmp_path)
+    half, whole = (DiT.from_pretrained(path) for path in (tmp_path / "half", trained / "out"))
+    sizes = [(m.folder / "model.safetensors").stat().st_size for m in (half, whole)]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert half.cfg_scale == 2.5 and "grid.png" in (tmp_path / "half" / "README.md").read_text()
+    first, second = (
+        next(sample.generate(m, torch.arange(3), cfg_scale=2.5)) for m in (half, whole)
+    )
+    assert (first.int() - second.int()).abs().float().mean() < 2
+    assert "exists" in refused("experiments.shrink", *flags, cwd=tmp_path)
+
+
+# Judge and scores
+
+
+@pytest.mark.slow
+def test_the_judge_tells_drawings_from_mislabelled_ones():
+    judge = judge_drawn.train_judge(images_per_class=14)
+    images, labels, _ = draw_butterflies(2, 64, seed=9)
+    x = judge_drawn.scaled(images)
+    right = judge_drawn.shares(judge, x, labels)
+    assert right["colour"] > 0.95 and right["shape"] > 0.8 and right["pattern"] > 0.7
+    wrong = judge_drawn.shares(judge, x, (labels + 19) % 75)  # all three are others
+    assert wrong["class"] < 0.1 and wrong["colour"] < 0.3
+
+
+def test_a_sample_is_right_if_colour_pattern_and_shape_are():
+    y = torch.tensor([74, 0, 7, 31])  # as colour, pattern, shape: 442, 000, 021, 201
+    answers = torch.tensor([[4, 4, 2], [0, 0, 1], [0, 2, 1], [2, 0, 2]])
+    logits = torch.cat([torch.eye(n)[a] for n, a in zip((5, 5, 3), answers.T)], dim=1)
+    expected = {"colour": 1, "pattern": 1, "shape": 0.5, "class": 0.5}
+    assert judge_drawn.shares(lambda batch: logits, torch.zeros(4), y) == expected
+
+
+@pytest.mark.parametrize("script", ["judge_drawn", "method_figure", "sampling"])
+def test_other_classes_than_the_drawn_ones_are_refused(trained, script):
+    pytest.importorskip("matplotlib")
+    flags = [trained / "out"] + ["--drawn"] * (script == "sampling")
+    assert "not trained on drawn" in refused(f"experiments.{script}", *flags, cwd=trained)
+
+
+def test_distances_by_hand():
+    # Two features a picture. k(x, y) = (x.y / 2 + 1)^3: of (2, 0) with itself 27, of (0, 2) with
+    # itself 27, of one with the other 1.
+    a, b = torch.tensor([[2.0, 0.0]] * 2), torch.tensor([[0.0, 2.0]] * 3)
+    assert score.kernel_distance(a, b) == pytest.approx(1000 * (27 + 27 - 2))
+
+    # b = s a + d has s^2 times the covariance: the distance is |mean_b - mean_a|^2 + (s-1)^2 tr A.
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 4, generator=generator, dtype=torch.float64) + 1
+    b = 3 * a + torch.tensor([1.0, 0.0, -2.0, 0.5])
+    moved = (b.mean(0) - a.mean(0)).square().sum()
+    expected = moved + (3 - 1) ** 2 * torch.cov(a.T).trace()
+    assert score.frechet_distance(a, b) == pytest.approx(expected.item())
+    assert score.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_has_no_bias():
+    # Two small samples of one distribution: on average 0, and not always above it.
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(400, 2, 5, 8, generator=generator, dtype=torch.float64)
+    distances = torch.tensor([score.kernel_distance(a, b) for a, b in pairs])
+    assert distances.mean().abs() < 3 * distances.std() / 20
+    assert distances.min() < 0 < distances.max()
+
+
+def test_class_accuracy_by_hand():
+    # Around the mean (9, 5) of the real ones, "a" lies towards (1, -1) and "b" towards (-1, 1).
+    real = torch.tensor([[11.0, 3.0], [10.0, 4.0], [8.0, 6.0], [7.0, 7.0]])
+    names = ["a", "a", "b", "b"]
+    pictures = torch.tensor([[13.0, 6.0], [9.0, 4.0], [13.0, 8.0], [8.0, 6.0]])  # a, a, a, b
+    assert score.class_accuracy(pictures, names, real, names) == 0.75
+    assert score.class_accuracy(pictures, ["b", "b", "b", "a"], real, names) == 0
+    assert score.class_accuracy(pictures, ["a", "a", "a", "c"], real, names) is None
+    assert score.class_accuracy(pictures, ["a"] * 4, real, ["a"] * 4) is None
+
+
+def test_noisier_pictures_are_farther():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    real = draw_butterflies(1, 64, seed=1)[0]
+    other = draw_butterflies(1, 64, seed=2)[0][::3]  # a picture of each colour and pattern
+    noise = torch.randint(256, other.shape, generator=torch.Generator().manual_seed(0))
+    noised = [((1 - share) * other + share * noise).round() for share in (0, 0.1, 0.5)]
+    a, b = [score.features(x.to(torch.uint8)) for x in noised], score.features(real)
+    for distance in (score.kernel_distance, score.frechet_distance):
+        good, worse, worst = (distance(x, b) for x in a)
+        assert good < worse < worst
+
+
+def test_copies_are_found_and_classes_told(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images, labels, _ = draw_butterflies(12, 64, seed=1)
+    for i, name in enumerate(("red", "other")):
+        own = images[labels == 74 * i]
+        save_pictures(own[:6], tmp_path / "real" / name)
+        save_pictures(own[6:], tmp_path / "training" / name)
+        save_pictures(own[6:].flip(3), tmp_path / "right" / name)  # mirrored copies are copies
+        save_pictures(own[6:], tmp_path / "wrong" / ("other", "red")[i])
+    out, _ = call("experiments.score", "right", "real", "--training", "training", cwd=tmp_path)
+    assert "12 generated, 12 real: KID x1000" in out and "class accuracy 1.000" in out
+    least = re.findall(r"(\w+) to nearest training, by (\w+): .* least (.*)", out)
+    least = {(which, by): float(distance) for which, by, distance in least}
+    for by in ("pixels", "features"):
+        assert least["generated", by] < 0.02 < least["real", by]
+    assert "accuracy 0.000" in call("experiments.score", "wrong", "real", cwd=tmp_path)[0]
+    assert "must differ" in refused("experiments.score", "real", "real", cwd=tmp_path)
+    assert "none is not a folder" in refused("experiments.score", "none", "real", cwd=tmp_path)
+
+
+def test_without_the_network_of_features_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    score.imagenet_network.cache_clear()
+    with pytest.raises(UserError, match="pip install efficientnet-lite-pytorch"):
+        score.features(torch.zeros(1, 3, 64, 64))
+
+
+# Ways to sample
+
+
+class Growth:
+    """dz/dt = z, whatever the class: z(0) = z(1) / e. Counts the pictures that it sees."""
+
+    num_classes, seen = 3, 0
+
+    def __call__(self, z, t, y):
+        self.seen += len(z)
+        return z
+
+
+def error(steps, **way):
+    y, noise = torch.zeros(1, dtype=torch.long), torch.ones(1, 3, 1, 1)
+    z, _ = sampling.integrate(Growth(), y, noise, steps, scale=1, **way)
+    return abs(z[0, 0, 0, 0].item() - 1 / math.e)
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    assert error(20) / error(40) == pytest.approx(2, rel=0.1)
+    assert error(40, heun=True) < error(20, heun=True) / 2.5 < error(20) / 12
+    assert error(400, shift=0.5) < 3e-3 and error(400, shift=3.0) < 3e-3  # where even steps end
+
+
+def test_without_a_special_way_it_is_that_of_sample():
+    model = DiT.from_pretrained(LAPTOP)
+    noise, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    with torch.no_grad():
+        z, runs = sampling.integrate(model, y, noise, 7, 3.0)
+    plain = sample.sample_conditional_cfg(model, y, 7, 3.0, noise)
+    torch.testing.assert_close(z, plain, atol=1e-3, rtol=1e-3)
+    assert runs == 14
+    pictures, runs = sampling.samples(model, 1, seed=5, steps=2, eta=0.7)
+    same = sample.generate(model, torch.arange(75), seed=5, steps=2, eta=0.7)
+    assert torch.equal(pictures, torch.cat(list(same))) and runs == 4
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ({"scale": 3.0}, 20),
+        ({"scale": 1.0}, 10),
+        ({"scale": 3.0, "interval": (0.25, 0.75)}, 15),  # with guidance at 0.7 0.6 0.5 0.4 0.3
+        ({"scale": 3.0, "heun": True}, 38),
+    ],
+)
+def test_evaluations_are_those_that_the_network_saw(way, expected):
+    model, y = Growth(), torch.zeros(5, dtype=torch.long)
+    _, runs = sampling.integrate(model, y, torch.ones(5, 3, 1, 1), steps=10, **way)
+    assert runs == expected and model.seen == expected * len(y)
+
+
+def test_each_way_is_a_row_of_the_table(trained, pictures):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    few = ["--held-out", pictures, "--samples", 2, "--only", "5 steps", "Heun, 6 steps"]
+    out, _ = call("experiments.sampling", trained / "out", *few, "--seeds", 0, 1, cwd=trained)
+    assert re.search(r"^\| 5 steps \| 10 \| \d+ ± \d+ \|$", out, re.MULTILINE)
+    assert re.search(r"^\| Heun, 6 steps \| 22 \| \d+ ± \d+ \|$", out, re.MULTILINE)
+    assert "12 steps" in refused("experiments.sampling", "out", *few, "77 steps", cwd=trained)
+
+
+# Speed
+
+
+def test_speed_says_what_a_step_costs(tmp_path, monkeypatch):
+    for name in (*train.SETTINGS, "random_batch", "load_dataset", "tqdm"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # put back afterwards
+    monkeypatch.setattr(speed, "SECONDS", 0.05)
+    run = [*SMALL, "--batch-size", "4", "--compile", "off"]
+    out, _ = call("experiments.speed", *run, cwd=tmp_path)
+    shares = [float(share) for share in re.findall(r"^ *([\d.]+)% ", out, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=0.5) and shares[0] > 0  # of matrix products
+    model = DiT(16, 4, 16, 1, 2, speed.CLASSES)
+    assert f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters" in out
+    (percent,) = re.findall(r"(\d+)% of the speed of a bare loop", out)
+    assert 2 < int(percent) < 150 and " images/s" in out and " PFLOP, " in out
+    assert "begins anew" in refused("experiments.speed", "--resume", cwd=tmp_path)
+
+
+def test_operations_grow_with_the_network_as_they_should():
+    sizes = {"image_size": 64, "patch_size": 8, "dim": 256, "heads": 4, "conv_dim": 0}
+    two, four = (speed.flops_per_image({**sizes, "depth": depth}) for depth in (2, 4))
+    # A block's matrices: 12 dim^2 weights for each of 64 tokens and 6 dim^2 for the condition.
+    # Each weight is multiplied and added, forward and twice backward. Attention: two products.
+    matrices = 6 * (64 * 12 + 6) * 256**2
+    attention = 6 * 2 * 64 * 64 * 256
+    assert (four - two) / 2 == pytest.approx(matrices + attention, rel=0.01)
+
+
+# The demo
+
+
+def test_the_command_of_the_demo_makes_its_last_picture(tmp_path):
+    (tmp_path / "my network").symlink_to(LAPTOP)
+    settings = {"class_id": 3, "num_images": 2, "steps": 3, "cfg_scale": 1.5, "seed": 4, "eta": 0.5}
+    model = DiT.from_pretrained(LAPTOP)
+    noise, *_, last = demo.grids_on_the_way(model, **settings)
+    line = demo.command("my network", **settings)
+    python, script, *flags = shlex.split(line)
+    assert (python, script) == ("python", "sample.py")
+    call("sample", *flags, "--device", "cpu", "--output", "grid.png", cwd=tmp_path)
+    assert opened(tmp_path / "grid.png").tobytes() == last.tobytes() != noise.tobytes()
+
+
+@pytest.mark.parametrize(("dataset", "eta"), [("drawn", 0), ("photographs", 1)])
+def test_only_drawings_begin_without_fresh_noise(monkeypatch, dataset, eta):
+    gradio = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    demo.build_page(mock.Mock(dataset=dataset, cfg_scale=3.0, class_names=["a"]), "out")
+    gradio.Slider.assert_any_call(0, 1, eta, step=0.1, label="fresh noise in each step")
+
+
+def test_what_the_demo_cannot_do_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", str(LAPTOP), "--device", "cpu"])
+    gradio = mock.MagicMock()
+    page = gradio.Blocks.return_value.__enter__.return_value
+    page.launch.side_effect = KeyError("whatever a proxy makes of it")
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    with pytest.raises(UserError, match="--port"):
+        demo.main()
+    # What is missing is said before a network is looked for.
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", "none"])
+    with pytest.raises(UserError, match="pip install -U gradio"):
+        demo.main()
+
+
+@pytest.mark.slow
+def test_the_page_samples_what_is_chosen(tmp_path):
+    pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    flags = ["--checkpoint", LAPTOP, "--port", port, "--device", "cpu"]
+    command = [sys.executable, "-m", "experiments.demo", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(GRADIO_TEMP_DIR=str(tmp_path)))
+    try:
+        for _ in range(300):
+            assert process.poll() is None
+            with socket.socket() as connection:
+                if connection.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        page = client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        job = page.submit(74, 2, 3, 2.0, 5, 1.0, api_name="/on_click")
+        path, line = job.result(timeout=60)
+        assert len(job.outputs()) == 4  # the noise, and three steps
+        assert line.endswith(
+            "--class-id 74 --num-images 2 --steps 3 --cfg-scale 2 --seed 5 --eta 1"
+        )
+        assert opened(path).size == (2 * 66 * 3 + 6, 66 * 3 + 6)
+    finally:
+        process.kill()
+        process.wait()

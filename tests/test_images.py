@@ -1,0 +1,389 @@
+"""Pictures of every kind come out right, in the colours of their profiles; packed files and parquet
+are read as folders are."""
+
+import io
+import os
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+from support.settings import UserError
+
+import pytest
+import torch
+from helpers import FEW, RED, call, refused, save, solid, start
+from PIL import Image
+from safetensors.torch import save_file
+
+from data import images as reading
+from data.folders import PICTURES
+from data.images import load_dataset, load_images, read_dataset
+
+
+def assert_colour(image, colour, tolerance=3):
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+    difference = (image.int() - torch.tensor(colour)[:, None, None]).abs()
+    assert difference.max() <= tolerance, image.flatten(1).float().mean(1)
+
+
+def read_one(folder, image, name="0.png", **options):
+    """A picture, written to a folder and read as its only picture."""
+    save(image, folder / "class" / name, **options)
+    images, labels, names = load_images(folder, 16)
+    assert len(images) == 1 and labels.tolist() == [0] and names == ["class"]
+    return images[0]
+
+
+# Kinds of pictures
+
+
+@pytest.mark.parametrize(
+    "name, image, options, colour",
+    [
+        ("rgb.jpg", solid(), {"quality": 95}, RED),
+        ("rgb.PNG", solid(), {}, RED),
+        ("palette.gif", solid().quantize(4), {}, RED),
+        ("palette-key.png", solid().quantize(4), {"transparency": 0}, (255, 255, 255)),
+        ("two.png", solid("1", 1), {}, (255, 255, 255)),
+        ("cmyk.jpg", solid("CMYK", (0, 255, 255, 0)), {"quality": 95}, (255, 0, 0)),
+        ("clear.png", solid("RGBA", (*RED, 0)), {}, (255, 255, 255)),
+        ("half.png", solid("RGBA", (*RED, 51)), {}, (244, 210, 212)),
+        ("colour-key.png", solid(), {"transparency": RED}, (255, 255, 255)),
+        ("grey-clear.png", solid("LA", (90, 0)), {}, (255, 255, 255)),
+        ("deep.png", solid("I;16", 90 * 257), {}, (90, 90, 90)),
+        ("dark.png", solid("I;16", 200), {}, (1, 1, 1)),  # of 65,535: nearly black, as it is shown
+        ("words.tif", solid("I", 90 * 257), {}, (90, 90, 90)),
+    ],
+)
+def test_modes_and_formats(tmp_path, name, image, options, colour):
+    assert_colour(read_one(tmp_path, image, name, **options), colour)
+
+
+def test_every_ending_that_pillow_writes_is_read(tmp_path):
+    for ending in PICTURES.split():
+        if Image.registered_extensions().get(ending) in Image.SAVE:
+            save(solid("L", 90), tmp_path / "class" / f"0{ending}")
+    images, _, _ = load_images(tmp_path, 16)
+    assert len(images) >= 10 and (images.int() - 90).abs().max() < 4
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    # Stored on its side; orientation 6: turn by 90 degrees clockwise, the left side to the top.
+    image = Image.new("RGB", (20, 20), "blue")
+    image.paste(RED, (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = read_one(tmp_path, image, exif=exif)
+    assert picture[0, :7].min() > 190 and picture[0, 9:].max() < 10
+    assert picture[2, 9:].min() > 245
+
+
+def test_resizing_is_antialiased(tmp_path):
+    # A checkerboard of single pixels is grey from afar; taking every eighth pixel would not be.
+    board = Image.new("L", (128, 128))
+    board.putdata([255 * ((i + i // 128) % 2) for i in range(128 * 128)])
+    assert_colour(read_one(tmp_path, board), (128, 128, 128), tolerance=12)
+
+
+def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    sizes = []
+    upright = reading.ImageOps.exif_transpose
+    spy = lambda image: sizes.append(image.size) or upright(image)  # noqa: E731
+    monkeypatch.setattr(reading.ImageOps, "exif_transpose", spy)
+    assert_colour(read_one(tmp_path, solid(size=(800, 400)), "0.jpg", quality=95), RED)
+    assert sizes == [(100, 50)]
+
+
+# Colour profiles: the matrices of the standards from linear RGB to XYZ, white being D50.
+
+SRGB = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+P3 = [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+ADOBE = [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+WHITE = (0.9642, 1.0, 0.8249)
+
+
+def decoded(values, gamma):
+    """The light of values from 0 to 1; gamma 0 is the curve of sRGB and of Display P3."""
+    curve = torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return values**gamma if gamma else curve
+
+
+def expected(colour, matrix, gamma):
+    """The sRGB of a colour in another space."""
+    light = torch.tensor(matrix) @ decoded(torch.tensor(colour) / 255, gamma)
+    light = torch.linalg.solve(torch.tensor(SRGB), light).clamp(0, 1)
+    levels = decoded(torch.arange(256) / 255, 0)
+    return [int((levels - value).abs().argmin()) for value in light]
+
+
+def icc(space, tags, connection=b"XYZ "):
+    """A colour profile, version 2 of the format, with these tags {name: content}."""
+    tags = {b"desc": b"desc\0\0\0\0\0\0\0\1" + bytes(80), b"wtpt": xyz_tag(WHITE), **tags}
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        tag += bytes(-len(tag) % 4)
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(tag))
+        data += tag
+    head = struct.pack(">III", 128 + len(table + data), 0, 0x02400000) + b"mntr" + space
+    head += connection + bytes(12) + b"acsp" + bytes(28) + xyz_tag(WHITE)[8:]
+    return head.ljust(128, b"\0") + table + data
+
+
+def xyz_tag(values):
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def curve_tag(gamma):
+    levels = (decoded(torch.linspace(0, 1, 1024), gamma) * 65535).round().int().tolist()
+    return b"curv\0\0\0\0" + struct.pack(">I1024H", 1024, *levels)
+
+
+def matrix_profile(matrix, gamma):
+    columns = dict(zip((b"r", b"g", b"b"), zip(*matrix)))
+    tags = {name + b"XYZ": xyz_tag(column) for name, column in columns.items()}
+    return icc(b"RGB ", {**tags, **{name + b"TRC": curve_tag(gamma) for name in columns}})
+
+
+def ink_profile():
+    """Of a printer whose black ink alone shows: lightness falls from 100 to 0 with it."""
+    corners = bytes([255, 128, 128, 0, 128, 128] * 8)
+    unit = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9)))
+    line = bytes(range(256))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + unit + 4 * line + corners + 3 * line
+    return icc(b"CMYK", {b"A2B0": table}, connection=b"Lab ")
+
+
+OF_P3, OF_GREY = matrix_profile(P3, 0), icc(b"GRAY", {b"kTRC": curve_tag(1)})
+GREEN = (60, 200, 60)
+
+
+@pytest.mark.parametrize("colour", [GREEN, RED, (90, 90, 90)])
+@pytest.mark.parametrize("matrix, gamma", [(P3, 0), (ADOBE, 563 / 256)])
+def test_the_colours_of_a_profile_become_those_of_srgb(tmp_path, colour, matrix, gamma):
+    becomes = expected(colour, matrix, gamma)
+    profile = matrix_profile(matrix, gamma)
+    for name, options in {"0.png": {}, "0.tif": {}, "0.webp": {"lossless": True}}.items():
+        picture = read_one(
+            tmp_path / name, solid("RGB", colour), name, icc_profile=profile, **options
+        )
+        assert_colour(picture, becomes, 4)
+    picture = read_one(
+        tmp_path / "j", solid("RGB", colour), "0.jpg", icc_profile=profile, quality=95
+    )
+    assert_colour(picture, becomes, 8)
+
+
+def test_a_profile_beside_transparency_a_palette_grey_or_ink(tmp_path):
+    image = solid("RGBA", (*GREEN, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 20, 10))
+    picture = read_one(tmp_path / "a", image, icc_profile=OF_P3)
+    assert picture[:, 0].min() == 255 and expected(GREEN, P3, 0) != list(GREEN)
+    assert_colour(picture[:, -1:].repeat(1, 16, 1), expected(GREEN, P3, 0), 4)
+    picture = read_one(tmp_path / "b", solid("RGB", GREEN).quantize(4), icc_profile=OF_P3)
+    assert_colour(picture, expected(GREEN, P3, 0), 4)
+    picture = read_one(tmp_path / "c", solid("L", 128), icc_profile=OF_GREY)
+    assert_colour(picture, (188, 188, 188), 4)  # half of the light
+    cyan = solid("CMYK", (200, 0, 0, 0))
+    picture = read_one(tmp_path / "d", cyan, "0.tif", icc_profile=ink_profile())
+    assert_colour(picture, (255, 255, 255), 4)
+
+
+@pytest.mark.parametrize("profile", [b"nothing", OF_P3[:100], OF_P3[:-500], bytes(200)])
+def test_a_broken_profile_is_ignored(tmp_path, profile):
+    assert_colour(read_one(tmp_path, solid(), icc_profile=profile), RED)
+
+
+def test_a_profile_of_another_kind_of_picture_is_ignored(tmp_path):
+    kinds = [(solid("L", 90), OF_P3), (solid("CMYK", (0, 255, 255, 0)), OF_P3)]
+    kinds += [(solid(), OF_GREY), (solid(), ink_profile())]
+    for n, (image, profile) in enumerate(kinds):
+        picture = read_one(tmp_path / str(n), image, "0.tif", icc_profile=profile)
+        assert_colour(picture, image.convert("RGB").getpixel((0, 0)))
+
+
+# Data sets
+
+
+def test_what_cannot_be_read_is_named_and_what_is_no_picture_counted(tmp_path, capsys):
+    save(solid(), tmp_path / "class" / "good.png")
+    whole = (tmp_path / "class" / "good.png").read_bytes()
+    (tmp_path / "class" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "class" / "notes.txt").write_text("no picture")
+    assert len(load_images(tmp_path, 16)[0]) == 1
+    err = capsys.readouterr().err
+    assert "skipped 1 picture that cannot be read: " in err and "cut.png" in err
+    assert "passed over: 1 .txt" in err
+    Image.new("1", (20000, 20000)).save(tmp_path / "class" / "bomb.png")
+    for n in range(20):
+        (tmp_path / "class" / f"{n}.heic").write_bytes(b"\0\0\0 ftypheic")
+    assert len(load_images(tmp_path, 16)[0]) == 1
+    err = capsys.readouterr().err
+    assert "skipped 22 pictures" in err and err.count(".heic") == 10
+    assert "pip install pillow-heif" in err
+
+
+def test_a_bug_behind_the_decoding_keeps_its_traceback(tmp_path, monkeypatch):
+    save(solid(), tmp_path / "class" / "0.png")
+    monkeypatch.setattr(reading.ImageOps, "fit", lambda image, size: image.colour)
+    with pytest.raises(AttributeError, match="colour"):
+        load_images(tmp_path, 16)
+
+
+def test_pictures_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    for n in range(600):
+        save(solid("L", n % 250, (4, 4)), tmp_path / "class" / f"{n:03}.png")
+    read, picture = [], reading.read_picture
+    spy = lambda *arguments: read.append(0) or picture(*arguments)  # noqa: E731
+    monkeypatch.setattr(reading, "read_picture", spy)
+    class_names, count, pictures = read_dataset(str(tmp_path), 4)
+    assert class_names == ["class"] and count == 600 and not read
+    first, label = next(pictures)
+    assert len(read) < 300 and first.shape == (3, 4, 4) and label == 0
+    assert [int(image[0, 0, 0]) for image, _ in pictures] == [n % 250 for n in range(1, 600)]
+
+
+# Packed files
+
+
+def test_a_packed_file_is_the_same_data_set_bit_for_bit(tmp_path, pictures):
+    flags = ["--image-size", 15]  # an odd size: the labels begin at an odd byte
+    (tmp_path / "d").symlink_to(pictures)
+    process = start("data/pack", "d", "some/p.safetensors", *flags, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    file = tmp_path / "some" / "p.safetensors"
+    assert out == "21 pictures of 3 classes are in some/p.safetensors\n" and err == ""
+    assert os.listdir(file.parent) == [file.name]
+    images, labels, names = load_dataset(str(file), 15)
+    assert images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert all(torch.equal(a, b) for a, b in zip((images, labels), load_images(pictures, 15)))
+    assert names == load_images(pictures, 15)[2]
+    line = refused("data.pack", "d", file, *flags, cwd=tmp_path)
+    assert "must be the name of a new file" in line
+
+
+def test_packing_passes_over_what_cannot_be_read(tmp_path, capsys):
+    save(solid("L", 90), tmp_path / "d" / "a" / "0.png")
+    (tmp_path / "d" / "a" / "1.png").write_bytes(b"no")
+    call("data.pack", "d", "p.safetensors", "--image-size", 16, cwd=tmp_path)
+    images, labels, _ = load_dataset(str(tmp_path / "p.safetensors"), 16)
+    assert len(images) == len(labels) == 1 and (images == 90).all()
+    (tmp_path / "d" / "a" / "0.png").unlink()
+    assert "no pictures" in call("data.pack", "d", "q.safetensors", cwd=tmp_path, status=2)[1]
+    assert sorted(os.listdir(tmp_path)) == ["d", "p.safetensors"]
+
+
+def test_a_packed_file_is_mapped_and_not_read(tmp_path):
+    images = torch.zeros(20000, 3, 64, 64, dtype=torch.uint8)  # 246 MB
+    tensors = {"images": images, "labels": torch.zeros(20000, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "p.safetensors", {"class_names": '["a"]'})
+    before = memory()
+    mapped, _, _ = load_dataset(str(tmp_path / "p.safetensors"), 64)
+    assert mapped.shape == images.shape and memory() - before < 50e6
+
+
+def memory():
+    """Bytes of this process that are in the memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_file_that_is_no_data_set_of_this_size_is_one_line(tmp_path, trained):
+    call("data.pack", "drawn", "p.safetensors", "--image-size", 4, cwd=tmp_path)
+    content = (tmp_path / "p.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-9])
+    weights = trained / "out" / "model.safetensors"
+    for name in ("cut.safetensors", "missing.safetensors", weights):
+        line = refused("train", *FEW, "--dataset", name, cwd=tmp_path)
+        assert f"{name} is missing, cut short, or not of data/pack.py" in line
+    line = refused("train", *FEW, "--dataset", "p.safetensors", cwd=tmp_path)
+    assert "--image-size 4" in line
+
+
+# The `datasets` library
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    library = pytest.importorskip("datasets", reason="needs pip install datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return library
+
+
+def png(n):
+    file = io.BytesIO()
+    solid("RGB", (9 * n, 0, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet(datasets, folder, pictures, **columns):
+    """A parquet file for training, and a smaller one for testing."""
+    folder.mkdir()
+    rows = datasets.Dataset.from_dict({**columns, "img": pictures})
+    rows.to_parquet(folder / "train-0.parquet")
+    rows.select([0]).to_parquet(folder / "test-0.parquet")
+    return rows
+
+
+@pytest.mark.parametrize(
+    "column, labels, names, expected",
+    [
+        ("label", ["b", "a", "b", "a"], ["a", "b"], [0, 0, 1, 1]),
+        ("Class_Name", [12, 3, 3, 3], ["3", "12"], [0, 0, 0, 1]),
+        ("caption", ["A fish.", "A fish.", "A star.", "A star."], ["d"], [0, 0, 0, 0]),
+    ],
+)
+def test_parquet_is_labelled_by_a_column_that_is_called_so(
+    tmp_path, datasets, column, labels, names, expected
+):
+    parquet(datasets, tmp_path / "d", [solid()] * 4, **{column: labels})
+    _, found, found_names = load_dataset(str(tmp_path / "d"), 16)
+    assert found_names == names and found.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "image"])
+def test_pictures_in_parquet_may_be_plain_bytes(tmp_path, datasets, kind, capsys):
+    pictures = [png(n) for n in range(5)]
+    if kind == "struct":
+        pictures = [{"bytes": content, "path": "x.png"} for content in pictures]
+    if kind == "image":
+        pictures = [solid("RGB", (9 * n, 0, 90)) for n in range(5)]
+    if kind == "bytes":
+        pictures[4] = b"no picture"
+    parquet(datasets, tmp_path / "d", pictures, species=list("babba"))
+    images, labels, names = load_dataset(str(tmp_path / "d"), 16)
+    assert images[:, 0, 0, 0].tolist()[-3:] == [0, 18, 27] and names == ["a", "b"]
+    assert "pictures from img, labels from species" in capsys.readouterr().out
+
+
+def test_the_ids_of_class_labels_keep_their_order(tmp_path, datasets):
+    names = datasets.ClassLabel(names=["cat", "ant", "never seen", "bee"])
+    (tmp_path / "d").mkdir()
+    kinds = datasets.Features(
+        {"sex": datasets.Value("string"), "fine": names, "x": datasets.Image()}
+    )
+    rows = {"sex": list("fmfm"), "fine": [3, 0, 1, 0], "x": [solid()] * 4}
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(tmp_path / "d" / "a.parquet")
+    _, labels, names = load_dataset(str(tmp_path / "d"), 16)
+    assert names == ["cat", "ant", "bee"] and labels.tolist() == [0, 0, 1, 2]
+
+
+def test_a_zip_of_pictures(tmp_path, datasets):
+    (tmp_path / "d").mkdir()
+    with zipfile.ZipFile(tmp_path / "d" / "train.zip", "w") as archive:
+        for n in range(6):
+            archive.writestr(f"{n}.png", png(n))
+    save(solid(), tmp_path / "d" / "banner.png")
+    images, labels, names = load_dataset(str(tmp_path / "d"), 16)
+    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 9, 18, 27, 36, 45] and names == ["d"]
+
+
+def test_what_the_library_cannot_read_is_one_line(tmp_path, datasets, monkeypatch):
+    parquet(datasets, tmp_path / "d", ["x", "y"], b=[1, 2])
+    with pytest.raises(UserError, match="no column of pictures, only b, img"):
+        load_dataset(str(tmp_path / "d"), 16)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "train.parquet").write_bytes(b"not parquet")
+    assert "cannot read e with" in refused("train", *FEW, "--dataset", "e", cwd=tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    line = refused("train", *FEW, "--dataset", "e", cwd=tmp_path)
+    assert "cannot read e" in line and "pip install datasets" in line

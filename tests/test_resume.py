@@ -1,0 +1,334 @@
+"""A run goes on as if nothing had stopped it, or says in one line why it cannot."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+
+from support import checkpoint
+from support.settings import UserError
+
+import pytest
+import torch
+from helpers import FEW, POSIX, call, opened, refused, rows, save, solid, start, state
+
+import train
+from model import DiT
+
+
+def assert_same_run(a, b):
+    """Bit for bit the same weights, losses and pictures; the clock's columns aside."""
+    first, second = state(a), state(b)
+    assert first["step"] == second["step"]
+    for part in ("model", "ema"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), (part, name)
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    logs = [[list(row.values())[:4] for row in rows(out)] for out in (a, b)]
+    assert logs[0] == logs[1] and logs[0]
+    names = [sorted(path.name for path in out.rglob("*")) for out in (a, b)]
+    assert names[0] == names[1]
+    for path in (a / "samples").iterdir():
+        assert opened(path).tobytes() == opened(b / "samples" / path.name).tobytes()
+
+
+def copied(trained, tmp_path):
+    return shutil.copytree(trained / "out", tmp_path / "out")
+
+
+# Whatever stops it
+
+STEPS = 300
+STOPPED = [*FEW, "--steps", STEPS, "--eval-every", 7, "--sample-every", 200]
+STOPPED += ["--checkpoint-every", 11]
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    call("train", *STOPPED, "--dataset", pictures, cwd=folder)
+    return folder / "out"
+
+
+def watch(process, out, count):
+    """Wait until the log of a run has so many rows; whenever it is read, it is whole."""
+    log = []
+    while len(log) < count:
+        log = checkpoint.read_log(out / "log.csv")
+        assert [row["step"] for row in log] == [str(7 * n) for n in range(1, len(log) + 1)]
+        assert all(len(row) == 6 and None not in row.values() for row in log)
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+
+
+@POSIX
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(whole, pictures, tmp_path):
+    out, waits = tmp_path / "out", random.Random(0)
+    for name, status in (("SIGKILL", -9), ("SIGHUP", 129), ("SIGKILL", -9)):
+        flags = ["--resume"] if out.exists() else [*STOPPED, "--dataset", pictures]
+        process = start("train", *flags, cwd=tmp_path)
+        watch(process, out, len(checkpoint.read_log(out / "log.csv")) + 2)
+        assert "another training" in refused("train", "--resume", "--steps", 999, cwd=tmp_path)
+        time.sleep(waits.uniform(0, 0.1))
+        process.send_signal(getattr(signal, name))
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status, err
+        assert state(out)["step"] < STEPS  # the signal met a run
+        DiT.from_pretrained(out)  # whole at every instant, as sample.py needs it
+    call("train", "--resume", cwd=tmp_path)
+    assert_same_run(whole, out)
+
+
+SHORT = [*FEW, "--steps", 12, "--eval-every", 2, "--sample-every", 4, "--checkpoint-every", 3]
+
+
+@pytest.fixture(scope="module")
+def short(pictures, tmp_path_factory):
+    """The folder of a short run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("short")
+    call("train", *SHORT, "--dataset", pictures, cwd=folder)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, name, status):
+    update_ema = train.update_ema
+
+    def stopped(ema, model, step):
+        update_ema(ema, model, step)
+        if step == 5:
+            signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(train, "update_ema", stopped)
+    _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
+    assert "stopped at step 5" in err and err.endswith("--resume --out-dir out\n")
+    assert state(tmp_path / "out")["step"] == 5
+    monkeypatch.setattr(train, "update_ema", update_ema)
+    call("train", "--resume", cwd=tmp_path)
+    assert_same_run(short, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [*checkpoint.CHECKPOINT_FILES, "log.csv", "step-000008.png"])
+def test_a_crash_between_any_two_files_is_made_up_for(short, pictures, tmp_path, monkeypatch, name):
+    replace, seen = checkpoint.replace, []
+
+    def crash(source, target):
+        seen.append(target.name)
+        if target.name == name and (seen.count(name) == 3 or name.endswith("png")):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint, "replace", crash)
+    call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=130)
+    DiT.from_pretrained(tmp_path / "out")
+    assert 0 < state(tmp_path / "out")["step"] < 12
+    monkeypatch.setattr(checkpoint, "replace", replace)
+    call("train", "--resume", cwd=tmp_path)
+    assert_same_run(short, tmp_path / "out")
+
+
+@POSIX
+@pytest.mark.parametrize("kilobytes", [4, 200])
+def test_a_full_disk_leaves_the_last_checkpoint(trained, tmp_path, kilobytes):
+    import resource  # of POSIX
+
+    # 4 kB stop model.safetensors, 200 kB only train_state.pt.
+    out = copied(trained, tmp_path)
+    before = {name: (out / name).read_bytes() for name in checkpoint.CHECKPOINT_FILES}
+    sizes = [len(content) for content in before.values()]
+    assert 4096 < sizes[1] < 200 * 1024 < sizes[2]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, limits[1]))
+    try:
+        _, err = call("train", "--resume", "--steps", 40, cwd=tmp_path, status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "cannot write to out" in err.splitlines()[-1]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not list(out.glob(".writing*"))  # half a file would keep the disk full
+    call("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert state(out)["step"] == 40
+
+
+# States that are none
+
+
+def test_a_truncated_state_is_named(trained, tmp_path):
+    path = copied(trained, tmp_path) / "train_state.pt"
+    content = path.read_bytes()
+    for keep in (0, len(content) // 3, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(UserError, match="train_state.pt is missing, damaged"):
+            checkpoint.load_state(path)
+    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "train_state.pt is missing, damaged" in line
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], {"settings": {}}, "words", 7])
+def test_a_foreign_state_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "train_state.pt")
+    with pytest.raises(UserError, match="train_state.pt is missing, damaged, or no state of a run"):
+        checkpoint.load_state(tmp_path / "train_state.pt")
+
+
+class Bomb:
+    """Unpickled by an unsafe reader, it leaves a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_a_pickle_that_would_run_code_does_not(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    torch.save({"settings": Bomb()}, out / "train_state.pt")
+    refused("train", "--resume", cwd=tmp_path)
+    (out / "train_state.pt").write_bytes(pickle.dumps(Bomb()))
+    refused("train", "--resume", cwd=tmp_path)
+    (out / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    refused("sample", cwd=tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_state_of_another_version_of_the_code(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    old = state(out)
+    del old["settings"]["GRAD_CLIP"]  # a constant that came later has its default
+    torch.save(old, out / "train_state.pt")
+    call("train", "--resume", "--steps", 32, cwd=tmp_path)
+    assert state(out)["settings"]["GRAD_CLIP"] == train.GRAD_CLIP
+    old["model"]["blocks.0.mlp.7.weight"] = old["model"].pop("blocks.0.mlp.0.weight")
+    torch.save(old, out / "train_state.pt")
+    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "train_state.pt does not fit model.py" in line and "blocks.0.mlp" in line
+
+
+def test_resume_without_a_run(tmp_path):
+    assert "train_state.pt is missing" in refused("train", "--resume", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    line = refused("train", "--resume", "--overwrite", cwd=tmp_path)
+    assert "--resume" in line and "--overwrite" in line
+
+
+def test_resume_with_other_classes_is_refused(trained, tmp_path):
+    save(solid(), tmp_path / "other" / "one.png")
+    copied(trained, tmp_path)
+    more = ["--resume", "--steps", 40, "--dataset", "other"]
+    assert "classes of the data set" in refused("train", *more, cwd=tmp_path)
+
+
+# What may change, and what may not
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--dim", 32], "DIM is 16 in out, not 32"),
+        (["--conv-dim", 8], "CONV_DIM is 0 in out, not 8"),
+        (["--seed", 7], "SEED is 0 in out, not 7"),
+        (["--preset", "laptop"], "not 96"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_by_name(trained, tmp_path, flags, words):
+    out = copied(trained, tmp_path)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    assert words in refused("train", "--resume", "--steps", 40, *flags, cwd=tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_may_change_on_resume_does(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    (out / "log.csv").unlink()  # its rows are in the state, too
+    more = ["--steps", 34, "--learning-rate", 3e-4, "--eval-every", 2, "--checkpoint-every", 3]
+    _, err = call("train", "--resume", *more, "--dim", 16, cwd=tmp_path)
+    assert err.split("%")[0].strip() == "88"  # the bar goes on from 30 of 34 steps
+    assert [row["step"] for row in rows(out)] == ["10", "20", "30", "32", "34"]
+    settings = state(out)["settings"]
+    assert settings["LEARNING_RATE"] == 3e-4 and settings["STEPS"] == 34
+
+
+def test_a_finished_run_says_so(trained, tmp_path):
+    out = copied(trained, tmp_path)
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    said, _ = call("train", "--resume", cwd=tmp_path)
+    assert "out is finished" in said and "--steps" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# An optimizer of one's own
+
+ADAMW = torch.optim.AdamW
+
+
+def two_groups(parameters, lr, **options):
+    """AdamW as an edited train.py may have it: vectors learn at a hundredth of the rate."""
+    weights = list(parameters)
+    matrices = {"params": [weight for weight in weights if weight.ndim > 1]}
+    vectors = {"params": [weight for weight in weights if weight.ndim < 2], "lr": lr / 100}
+    return ADAMW([matrices, vectors], lr=lr, **options)
+
+
+def adam(parameters, lr, **options):
+    return torch.optim.Adam(parameters, lr, **options)
+
+
+def amsgrad(parameters, lr, **options):
+    return ADAMW(parameters, lr, amsgrad=True, **options)
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        (adam, "train_state.pt is of AdamW; train.py has Adam"),
+        (amsgrad, "train_state.pt is of AdamW; train.py has AdamW amsgrad"),
+        (two_groups, "other groups of weights: "),
+    ],
+)
+def test_another_optimizer_is_named(trained, tmp_path, monkeypatch, own, words):
+    copied(trained, tmp_path)
+    monkeypatch.setattr(torch.optim, "AdamW", own)
+    assert f"--resume: {words}" in refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+
+
+def test_the_schedule_is_a_factor_on_the_rate_of_each_group(pictures, tmp_path, monkeypatch):
+    rates = []
+
+    def note(optimizer, *arguments):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def recorded(parameters, lr, **options):
+        optimizer = two_groups(parameters, lr, **options)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(torch.optim, "AdamW", recorded)
+    run = [*FEW, "--dataset", pictures, "--warmup-steps", 4, "--learning-rate", 0.01]
+    call("train", *run, "--steps", 40, "--decay-share", 0.5, cwd=tmp_path)
+    factors = [n / 4 for n in range(1, 5)] + [1] * 17 + [n / 20 for n in range(19, 0, -1)]
+    assert len(rates) == 40
+    for (matrices, vectors), factor in zip(rates, factors):
+        assert matrices == pytest.approx(0.01 * factor)
+        assert vectors == pytest.approx(0.0001 * factor)
+    rates.clear()
+    more = ["--steps", 42, "--decay-share", 0, "--learning-rate", 0.02]
+    call("train", "--resume", *more, cwd=tmp_path)
+    assert rates == [[0.02, 0.0002]] * 2
+
+
+def test_a_loss_that_draws_at_random_resumes_bit_for_bit(pictures, tmp_path, monkeypatch):
+    def own(model, x, y, t, noise):
+        loss = train.F.mse_loss(model(train.F.dropout(x), t, y), noise - x)
+        return loss * (1 + torch.rand(()))
+
+    monkeypatch.setattr(train, "rectified_flow_loss", own)
+    run = [*FEW, "--dataset", pictures, "--warmup-steps", 1, "--decay-share", 0]
+    call("train", *run, "--steps", 9, "--out-dir", "whole", cwd=tmp_path)
+    call("train", *run, "--steps", 5, cwd=tmp_path)
+    torch.manual_seed(77)
+    call("train", "--resume", "--steps", 9, cwd=tmp_path)
+    whole, parts = state(tmp_path / "whole")["model"], state(tmp_path / "out")["model"]
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
