@@ -137,11 +137,9 @@ def to_grid(pictures, columns=None):
 
 def save_gif(frames, path):
     """Write PIL images as an animation, whose last frame stays for a while."""
-    small = []
     for frame in frames:
-        # Few colours and a limited size: noise does not compress.
-        frame.thumbnail((GIF_SIZE, GIF_SIZE))
-        small.append(frame.quantize(64))
+        frame.thumbnail((GIF_SIZE, GIF_SIZE))  # in place
+    small = [frame.quantize(64) for frame in frames]  # few colours: noise does not compress
     durations = [80] * (len(small) - 1) + [2000]  # milliseconds
     save_picture(small[0], path, save_all=True, append_images=small[1:], duration=durations, loop=0)
 

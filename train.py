@@ -231,9 +231,8 @@ def parse_flags(arguments=None, description=__doc__):
     settings.add_setting_flags(parser, SETTINGS, source_file=globals().get("__file__"))
     arguments = settings.command_line() if arguments is None else arguments
     options = vars(parser.parse_args(arguments))
-    if "preset" in options:
-        arguments = [*PRESETS[options["preset"]].split(), *arguments]
-        options = vars(parser.parse_args(arguments))
+    preset = PRESETS.get(options.get("preset"), "")
+    options = vars(parser.parse_args([*preset.split(), *arguments]))
     if "resume" in options and "overwrite" in options:
         parser.error("--resume continues a run and --overwrite replaces it: choose one")
     flags = {name: options.pop(name) for name in SETTINGS if name in options}
@@ -345,10 +344,9 @@ def train(state, init_from):
     grid_classes = torch.arange(len(class_names))[:75]
 
     # The loop
-    resume = f"python train.py --resume --out-dir {shlex.quote(OUT_DIR)}"
+    resume = f"python train.py --resume --out-dir={shlex.quote(OUT_DIR)}"
     row_step, row_time = steps_done, time.perf_counter()  # of the last row of the log
-    total, initial = STEPS * BATCH_SIZE, steps_done * BATCH_SIZE
-    bar = tqdm(unit="img", unit_scale=True, total=total, initial=initial, disable=not master)
+    bar = tqdm(total=STEPS, initial=steps_done, unit="step", disable=not master)
     with bar, machine.stop_signals() as signals:
         for step in range(steps_done + 1, STEPS + 1):
             for group in optimizer.param_groups:
@@ -370,12 +368,12 @@ def train(state, init_from):
                 (loss * world_size).backward()  # DDP averages over processes; this makes it a sum
                 step_loss += loss.detach()
 
-            max_norm = GRAD_CLIP or math.inf
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            weights = model.parameters()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             update_ema(ema, model, step)
-            bar.update(BATCH_SIZE)
+            bar.update()
 
             # A signal to any process stops them all after this step.
             stop = len(signals) > 0
@@ -391,7 +389,7 @@ def train(state, init_from):
             save = step % CHECKPOINT_EVERY == 0 or step == STEPS or stop
             if step % LOG_EVERY == 0 or evaluate or save:
                 train_loss = torch.stack(losses).mean().item()
-                bar.set_postfix_str(f"step {step}, loss {train_loss:.4f}", refresh=False)
+                bar.set_postfix_str(f"loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
                     hint = f"{resume} --learning-rate {LEARNING_RATE / 2:g}"
                     raise UserError(f"the loss is not finite at step {step}: try {hint}")

@@ -132,9 +132,7 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
     if broken:
         names = ", ".join(broken[:10])
         hint = " (for HEIC: pip install pillow-heif)" if ".heic" in names.lower() else ""
-        print_once(
-            f"skipped {len(broken)} of {len(items)} pictures, unreadable{hint}: {names}", sys.stderr
-        )
+        print_once(f"skipped as unreadable{hint}: {len(broken)} ({names})", sys.stderr)
     kinds = [f"{number} {kind}" for kind, number in sorted(passed_over.items()) if number]
     if kinds:
         print_once(f"passed over: {', '.join(kinds)}", sys.stderr)

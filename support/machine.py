@@ -78,17 +78,15 @@ def compile_model(model):
     """Let torch.compile translate the model's forward and backward pass, which happens when it is
     first called. If it cannot, there is a warning, and the model stays as it is."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
-    eager, compiled = model.forward, torch.compile(model.forward)
+    eager = model.forward
 
     def first_call(*arguments):
         print_once("compiling: the first step takes up to a minute")
-        model.forward = compiled
         try:
-            return compiled(*arguments)
+            model.forward = torch.compile(eager)
+            return model.forward(*arguments)
         except Exception as error:  # the compiler's; one of the model's own comes again below
-            print_once(
-                f"warning: torch.compile failed (try --compile off): {error!r:.200}", sys.stderr
-            )
+            print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
         model.forward = eager
         return eager(*arguments)
 

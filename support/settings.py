@@ -39,6 +39,8 @@ def run_command(main, if_out_of_memory="close other programs"):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this: >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
         main()
     except KeyboardInterrupt:

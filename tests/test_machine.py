@@ -3,7 +3,6 @@ tensors without data, torchrun by its environment."""
 
 import functools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -160,7 +159,7 @@ def test_the_batch_and_the_noise_are_drawn_on_the_cpu_whatever_the_device(monkey
 def test_devices_that_are_not_here_are_refused(monkeypatch):
     assert machine.pick_device("cpu") == CPU
     for name in ("cuda:77", "abacus", "", "cuda:x"):
-        with pytest.raises(UserError, match=f'DEVICE "{name}" is not available'):
+        with pytest.raises(UserError, match=f'no DEVICE "{name}" here'):
             machine.pick_device(name)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert machine.pick_device("auto") == CPU
@@ -319,7 +318,7 @@ def test_a_compiler_that_fails_is_one_warning_and_the_model_is_run_once(compiler
         assert torch.equal(model(*small_batch(2)[::2], small_batch(2)[1]), expected)
         assert len(calls) == n
     (line,) = capsys.readouterr().err.splitlines()
-    assert "warning: torch.compile failed" in line and "no compiler" in line
+    assert "warning: compiling failed" in line and "no compiler" in line
     assert "--compile off" in line and len(line) < 400
 
 
@@ -330,17 +329,16 @@ def test_without_torch_compile_the_model_stays_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", unsupported)
     model = small_model()
     machine.compile_model(model)
-    assert train.rectified_flow_loss(model, *small_batch()) > 0
+    assert train.rectified_flow_loss(model, *small_batch()).isfinite()
     assert "not supported on Python" in capsys.readouterr().err
 
 
 def test_compiling_pays_in_long_runs_only():
-    model = torch.nn.Linear(999, 1000)  # a million weights
-    a_minute = 60 * 50e9 * torch.get_num_threads() / 6e6  # tokens, at 50 GFLOP/s a core
-    assert not machine.compiling_pays(CPU, model, 19 * a_minute)
-    assert machine.compiling_pays(CPU, model, 21 * a_minute)
-    assert machine.compiling_pays(CUDA, model, 1)
-    assert not machine.compiling_pays(torch.device("mps"), model, 1e9 * a_minute)
+    a_minute = 60 * 50e9 * torch.get_num_threads() / 6  # products of a parameter and a token
+    assert not machine.compiling_pays(CPU, 19 * a_minute)
+    assert machine.compiling_pays(CPU, 21 * a_minute)
+    assert machine.compiling_pays(CUDA, 1)
+    assert not machine.compiling_pays(torch.device("mps"), 1e9 * a_minute)
 
 
 @pytest.fixture
@@ -355,14 +353,14 @@ def compiled(pictures, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_a_warning(compiled, tmp_path):
     (tmp_path / "cache").write_text("a file in its place")
     out, err = call("train", *compiled, 2, cwd=tmp_path)
-    assert "trained in" in out and err.count("warning: torch.compile failed") == 1
+    assert "trained in" in out and err.count("warning: compiling failed") == 1
 
 
 @SLOW
 def test_without_a_compiler_the_run_goes_on_with_a_warning(compiled, tmp_path):
     none = {"CXX": "/no/such/compiler", "CC": "/no/such/compiler"}
     out, err = call("train", *compiled, 2, cwd=tmp_path, **none)
-    assert "trained in" in out and err.count("warning: torch.compile failed") == 1
+    assert "trained in" in out and err.count("warning: compiling failed") == 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
@@ -370,7 +368,7 @@ def test_a_compiled_run_resumes_bit_for_bit(compiler, compiled, tmp_path, backen
     compiler(backend)
     more = ["--warmup-steps", 1, "--decay-share", 0]
     _, err = call("train", *compiled, 7, *more, "--out-dir", "whole", cwd=tmp_path)
-    if "torch.compile failed" in err:
+    if "compiling failed" in err:
         pytest.skip("needs a C++ compiler")
     call("train", *compiled, 4, *more, cwd=tmp_path)
     call("train", "--resume", "--steps", 7, cwd=tmp_path)
@@ -474,5 +472,3 @@ def test_openmp_waits_briefly_unless_it_is_told_otherwise(given):
     options = {"cwd": ROOT, "env": {**extra, **given}, "text": True, "check": True}
     out = subprocess.run(command, capture_output=True, **options).stdout.split()
     assert out == (list(given.values()) or ["1000", "0"])
-
-

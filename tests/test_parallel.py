@@ -69,7 +69,7 @@ def test_all_processes_end_together_and_one_goes_on(pictures, tmp_path, name):
     stopped = state(tmp_path / "out")["step"]
     assert stopped >= 7
     if name != "SIGKILL":  # both end their step and stop, and one says so
-        assert err.count(f"stopped at step {stopped} ") == 1 and "--resume" in err
+        assert err.count(f"stopped at step {stopped}, ") == 1 and "--resume" in err
         assert "Ctrl-C again" not in err  # torchrun passes each signal on, so that would not work
 
     # One process goes on with what two began.

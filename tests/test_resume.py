@@ -104,7 +104,7 @@ def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, na
 
     monkeypatch.setattr(train, "update_ema", stopped)
     _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
-    assert "stopped at step 5" in err and err.endswith("--resume --out-dir out\n")
+    assert "stopped at step 5" in err and err.endswith("--resume --out-dir=out\n")
     assert state(tmp_path / "out")["step"] == 5
     monkeypatch.setattr(train, "update_ema", update_ema)
     call("train", "--resume", cwd=tmp_path)

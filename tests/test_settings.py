@@ -1,10 +1,9 @@
 """What people do first: they edit a constant, add one of their own, break something, and look at
 the traceback. Here copies of the files are edited, and imported in place of the project's own."""
 
-import contextlib
+import argparse
 import errno
 import importlib
-import io
 import json
 import os
 import re
@@ -15,15 +14,29 @@ import subprocess
 import sys
 import threading
 import traceback
-from pathlib import Path
 from types import ModuleType
+
+from support.settings import UserError
 
 import helpers
 import pytest
 import torch
 from fuzz import fuzz
-from helpers import FEW, POSIX, ROOT, SMALL, call, edit, edited, finish, refused, rows, save
-from helpers import solid, state
+from helpers import (
+    FEW,
+    POSIX,
+    ROOT,
+    SMALL,
+    call,
+    edit,
+    edited,
+    finish,
+    refused,
+    rows,
+    save,
+    solid,
+    state,
+)
 
 import train
 
@@ -64,42 +77,25 @@ def constant(line):
 
 OWN = """
 ONE_SPACE = 1.0 # my idea
-NO_COMMENT = 2
+NO_COMMENT = -2
 STRANGE = "a # b"  # 100% of "it" {x} %s %(prog)s \\d # é 蝶
 SWITCH = True  # on or off
-NEGATIVE = -3  # below zero
-ZERO = 0  # nothing
-ANNOTATED: float = 0.5  # with a type
+ZERO: float = 0  # nothing, with a type
 CHAINED = TWICE = 7
-LARGE = 2**40  # computed
-IN_PARENTHESES = (
-    1.5  # on a line of its own
+LARGE = (
+    2**40  # computed
 )
 if SWITCH:
     INDENTED = 4
 import numpy
 NUMPY = numpy.float64(0.5)  # which torch.load would refuse
 A_TUPLE = (1, 2)  # no flag
-A_LIST = [1, 2]
 NOTHING = None
 A_PATH = Path("somewhere")
 lower_case = 5
 """
-OWN_SETTINGS = {
-    "ONE_SPACE": 1.0,
-    "NO_COMMENT": 2,
-    "STRANGE": "a # b",
-    "SWITCH": True,
-    "NEGATIVE": -3,
-    "ZERO": 0,
-    "ANNOTATED": 0.5,
-    "CHAINED": 7,
-    "TWICE": 7,
-    "LARGE": 2**40,
-    "IN_PARENTHESES": 1.5,
-    "INDENTED": 4,
-    "NUMPY": 0.5,
-}
+OWN_SETTINGS = {"ONE_SPACE": 1.0, "NO_COMMENT": -2, "STRANGE": "a # b", "SWITCH": True, "ZERO": 0}
+OWN_SETTINGS |= {"CHAINED": 7, "TWICE": 7, "LARGE": 2**40, "INDENTED": 4, "NUMPY": 0.5}
 
 
 def test_constants_of_ones_own_are_flags_and_come_back(use, pictures, tmp_path):
@@ -109,16 +105,17 @@ def test_constants_of_ones_own_are_flags_and_come_back(use, pictures, tmp_path):
     flags = set(re.findall(r"--[\w-]+", out))
     assert flags >= {flag_of(name) for name in OWN_SETTINGS} | {"--no-switch"}
     assert "my idea" in out and "100% of" in out and "{x} %s %(prog)s" in out
-    for name in ("A_TUPLE", "A_LIST", "NOTHING", "A_PATH", "LOWER_CASE", "SUPPRESS", "MIN_T"):
+    for name in ("A_TUPLE", "NOTHING", "A_PATH", "LOWER_CASE", "SUPPRESS", "MIN_T"):
         assert flag_of(name) not in flags
 
-    call("train", *FEW, "--dataset", pictures, "--steps", 1, cwd=tmp_path)
+    run = [*FEW, "--dataset", pictures, "--overwrite", "--steps"]
+    call("train", *run, 1, cwd=tmp_path)
     assert OWN_SETTINGS.items() <= saved_settings(tmp_path).items()
     changed = ["--one-space", 2.5, "--no-comment", -1, "--strange", "x", "--no-switch"]
-    changed += ["--zero", 0.25, "--annotated", 3, "--large", "1e3", "--indented", "7"]
+    changed += ["--zero", 0.25, "--large", "1e3", "--indented", 7]
     expected = {**OWN_SETTINGS, "ONE_SPACE": 2.5, "NO_COMMENT": -1, "STRANGE": "x"}
-    expected |= {"SWITCH": False, "ZERO": 0.25, "ANNOTATED": 3, "LARGE": 1000, "INDENTED": 7}
-    call("train", *FEW, "--dataset", pictures, *changed, "--steps", 2, "--overwrite", cwd=tmp_path)
+    expected |= {"SWITCH": False, "ZERO": 0.25, "LARGE": 1000, "INDENTED": 7}
+    call("train", *run, 2, *changed, cwd=tmp_path)
     assert expected.items() <= saved_settings(tmp_path).items()
     assert isinstance(saved_settings(tmp_path)["LARGE"], int)  # 1e3 is whole
     call("train", "--resume", "--steps", 3, cwd=tmp_path)
@@ -128,85 +125,55 @@ def test_constants_of_ones_own_are_flags_and_come_back(use, pictures, tmp_path):
 def test_help_lists_each_setting_with_its_section_comment_and_value(tmp_path):
     out, _ = call("train", "--help", cwd=tmp_path)
     data = out.split("\ndata:\n")[1].split("\nmodel:\n")[0]
-    assert "--image-size" in data and "--flip-share" in data and "--dim" not in data
+    assert "--flip-share" in data and "--dim" not in data
     assert "share of pictures that are mirrored" in data and "(default: 0.5)" in data
     assert all(flag_of(name) in out for name in train.SETTINGS)
 
 
 def test_a_constant_whose_flag_is_taken_is_named(use, tmp_path):
     use(edited(tmp_path, "train.py", constant("PRESET = 1")))
-    assert "rename the constant PRESET" in refused("train", cwd=tmp_path)
+    with pytest.raises(argparse.ArgumentError, match="--preset"):
+        finish("train", cwd=tmp_path)
 
 
 def test_whole_numbers_and_floats_mean_the_same(use, pictures, tmp_path):
-    changes = [
-        ("FLIP_SHARE = 0.5", "FLIP_SHARE = 0"),
-        ("GRAD_CLIP = 1.0", "GRAD_CLIP = 1"),
-        ("STEPS = 25000", "STEPS = 2e0"),
-        ("BATCH_SIZE = 32", "BATCH_SIZE = 4.0"),
-        ("EVAL_EVERY = 250", "EVAL_EVERY = 1e0"),
-    ]
-    use(edited(tmp_path, "train.py", *changes))
+    new = {"FLIP_SHARE = 0.5": "FLIP_SHARE = 0", "GRAD_CLIP = 1.0": "GRAD_CLIP = 1"}
+    new |= {"STEPS = 25000": "STEPS = 2e0", "BATCH_SIZE = 32": "BATCH_SIZE = 4.0"}
+    use(edited(tmp_path, "train.py", *new.items()))
     call("train", *SMALL, "--dataset", pictures, cwd=tmp_path)
     saved = saved_settings(tmp_path)
     assert saved["STEPS"] == 2 and saved["BATCH_SIZE"] == 4 and saved["FLIP_SHARE"] == 0
-    call("train", "--resume", "--steps", "3e0", cwd=tmp_path)
-    assert saved_settings(tmp_path)["STEPS"] == 3
-    call("train", "--resume", "--steps", 4, "--flip-share", 0.25, "--grad-clip", 0.5, cwd=tmp_path)
+    more = ["--steps", "3e0", "--flip-share", 0.25, "--grad-clip", 0.5]
+    call("train", "--resume", *more, cwd=tmp_path)
     saved = saved_settings(tmp_path)
-    assert saved["FLIP_SHARE"] == 0.25 and saved["GRAD_CLIP"] == 0.5
-    assert len(rows(tmp_path / "out")) == 4
+    assert saved["STEPS"] == 3 and saved["FLIP_SHARE"] == 0.25 and saved["GRAD_CLIP"] == 0.5
 
 
 def test_a_constant_edited_into_something_else_hurts_nobody(use, pictures, tmp_path):
-    changes = [
-        ("T_STD = 1.0", "T_STD = (0.5, 1.5)"),
-        ("T_STD * n)", "T_STD[1] * n)"),
-        ("WARMUP_STEPS = 200", "WARMUP_STEPS = None"),
-        ("max(1, min(WARMUP_STEPS, STEPS // 10))", "1"),
-    ]
-    use(edited(tmp_path, "train.py", *changes))
+    new = {"T_STD = 1.0": "T_STD = (0.5, 1.5)", "T_STD * n)": "T_STD[1] * n)"}
+    new |= {"WARMUP_STEPS = 200": "WARMUP_STEPS = None"}
+    new |= {"max(1, min(WARMUP_STEPS, STEPS // 10))": "1"}
+    use(edited(tmp_path, "train.py", *new.items()))
     call("train", *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
     call("train", "--resume", "--steps", 3, cwd=tmp_path)
     out, _ = call("train", "--help", cwd=tmp_path)
     assert "--t-std" not in out and "--t-mean" in out
 
 
-# Limits
+# Limits. Pictures are of 16x16, and DIM is 16.
 
-BAD = [
-    ("FLIP_SHARE", 1.5),
-    ("LABEL_DROP", -0.1),
-    ("DECAY_SHARE", 7),
-    ("EMA_DECAY", 5),
-    ("EVAL_EVERY", 0),
-    ("SAMPLE_EVERY", -1),
-    ("CHECKPOINT_EVERY", 0),
-    ("LOG_EVERY", 2.5),
-    ("STEPS", 10.5),
-    ("BATCH_SIZE", 0),
-    ("ACCUMULATE", 0),
-    ("WARMUP_STEPS", -1),
-    ("LEARNING_RATE", "inf"),
-    ("T_STD", -1),
-    ("T_MEAN", "inf"),
-    ("GRAD_CLIP", "nan"),
-    ("CFG_SCALE", "nan"),
-    ("SEED", 2**63),
-    ("COMPILE", "maybe"),
-    ("PRECISION", "fp8"),
-    ("DIM", 16.5),
-    ("DEPTH", "three"),
-    ("PATCH_SIZE", 5),  # of which 16 is no multiple
-    ("HEADS", 3),
-]
+BAD = "FLIP_SHARE=1.5 LABEL_DROP=-0.1 DECAY_SHARE=7 EMA_DECAY=5 EVAL_EVERY=0 SAMPLE_EVERY=-1 "
+BAD += "CHECKPOINT_EVERY=0 LOG_EVERY=2.5 STEPS=10.5 BATCH_SIZE=0 ACCUMULATE=0 WARMUP_STEPS=-1 "
+BAD += "LEARNING_RATE=-1 LEARNING_RATE=nan T_STD=-1 T_MEAN=inf GRAD_CLIP=nan CFG_SCALE=nan "
+BAD += f"SEED={2**63} STEPS=inf COMPILE=maybe PRECISION=fp8 DIM=16.5 DEPTH=three PATCH_SIZE=5 "
+BAD += "HEADS=3 CONV_DIM=-2"
 
 
-@pytest.mark.parametrize("name, value", BAD)
-def test_a_flag_out_of_range_is_refused_by_name(tmp_path, name, value):
-    line = refused("train", *FEW, "--dataset", "drawn", flag_of(name), value, cwd=tmp_path)
-    assert name in line or flag_of(name) in line
-    assert str(value) in line
+@pytest.mark.parametrize("setting", BAD.split())
+def test_a_flag_out_of_range_is_refused_by_name(tmp_path, setting):
+    name, value = setting.split("=")
+    line = refused("train", *FEW, "--dataset", "drawn", f"{flag_of(name)}={value}", cwd=tmp_path)
+    assert (name in line or flag_of(name) in line) and value in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,41 +211,35 @@ def test_a_mistake_in_a_preset_is_named(monkeypatch, tmp_path):
     assert "LABEL_DROP is 2" in refused("train", "--preset", "mine", cwd=tmp_path)
     line = refused("train", "--preset", "small", cwd=tmp_path)
     assert "small" in line and "laptop" in line and "mine" in line
-    assert list(tmp_path.iterdir()) == []
 
 
 # Notebooks
 
 
-def flags(pictures, *more):
+def words(pictures, *more):
     return [*map(str, FEW), "--dataset", str(pictures), *map(str, more)]
 
 
-def test_main_runs_in_a_notebook(pictures, tmp_path, monkeypatch):
+def test_main_runs_in_a_notebook_and_puts_the_constants_back(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    train.main(flags(pictures, "--steps", 1, "--out-dir", "mine"))
-    monkeypatch.setattr(train, "OUT_DIR", "mine")
-    with pytest.raises(train.UserError, match="mine holds a run"):  # not: unrecognized arguments
-        train.main()
-
-
-def test_a_second_main_starts_from_the_same_constants(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     before = dict(train.SETTINGS)
-    train.main(flags(pictures, "--steps", 2, "--ema-decay", 0.5))
+    train.main(words(pictures, "--steps", 2, "--ema-decay", 0.5))
     assert {name: getattr(train, name) for name in before} == before
-    monkeypatch.setattr(train, "LABEL_DROP", 0.75)  # as a notebook would
-    train.main(flags(pictures, "--steps", 1, "--out-dir", "second"))
+    monkeypatch.setattr(train, "LABEL_DROP", 0.75)  # as a cell would
+    train.main(words(pictures, "--steps", 1, "--out-dir", "second"))
     second = state(tmp_path / "second")["settings"]
     assert second["EMA_DECAY"] == before["EMA_DECAY"] and second["STEPS"] == 1
     assert second["LABEL_DROP"] == 0.75 and train.LABEL_DROP == 0.75
+    monkeypatch.setattr(train, "OUT_DIR", "second")
+    with pytest.raises(UserError, match="second holds a run"):  # not: unrecognized arguments
+        train.main()
 
 
 def test_main_runs_in_a_thread(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    thread = threading.Thread(target=train.main, args=(flags(pictures, "--steps", 2),))
+    thread = threading.Thread(target=train.main, args=(words(pictures, "--steps", 2),))
     thread.start()
     thread.join(100)
     assert state(tmp_path / "out")["step"] == 2
@@ -286,7 +247,7 @@ def test_main_runs_in_a_thread(pictures, tmp_path, monkeypatch):
 
 def assert_all_settings_are_saved(main, pictures, folder, expected):
     """Two runs, of which the second continues the first."""
-    main(flags(pictures, "--steps", 1, "--ema-decay", 0.5))
+    main(words(pictures, "--steps", 1, "--ema-decay", 0.5))
     main(["--resume", "--steps", "2"])
     assert saved_settings(folder).keys() == expected
     assert saved_settings(folder)["EMA_DECAY"] == 0.5
@@ -317,61 +278,35 @@ def test_a_file_that_is_run_twice_has_the_same_settings(pictures, tmp_path, monk
 # Bugs, each planted where a reader might: (file, line before, the bug, what the traceback says).
 
 INIT = "        self.image_size = image_size\n"
+FORWARD = "        c = F.silu(c)  # (B, dim)\n"
+LOSS = "    v = noise - x\n"
 LOOP = "            update_ema(ema, model, step)\n"
-BUGS = {
-    "a NameError in DiT.__init__": ("model.py", INIT, "self.planted = foo", NameError),
-    "a TypeError in DiT.__init__": ("model.py", INIT, "planted = len(image_size)", TypeError),
-    "a RuntimeError in DiT.__init__": (
-        "model.py",
-        INIT,
-        "planted = torch.zeros(3).view(2)",
-        RuntimeError,
-    ),
-    "a wrong shape in DiT.forward": (
-        "model.py",
-        "        c = F.silu(c)  # (B, dim)\n",
-        "planted = z + torch.zeros(7)",
-        RuntimeError,
-    ),
-    "a ValueError in the model card": (
-        "support/hub.py",
-        '    facts |= {"classes": network.num_classes, "size": network.image_size}\n',
-        "planted = int('many')",
-        ValueError,
-    ),
-    "a NameError in the loss": ("train.py", "    v = noise - x\n", "planted = foo", NameError),
-    "a KeyError in the loop": ("train.py", LOOP, "planted = {}['step']", KeyError),
-    "a missing file in the loop": (
-        "train.py",
-        LOOP,
-        "planted = open('notes.txt')",
-        FileNotFoundError,
-    ),
-    "a wrong shape in the sampler": (
-        "sample.py",
-        "        z = z - v / steps\n",
-        "planted = z + torch.zeros(7)",
-        RuntimeError,
-    ),
-    "a KeyError in what the state holds": (
-        "support/checkpoint.py",
-        '    staging = out / ".writing"\n',
-        "planted = {}['more']",
-        KeyError,
-    ),
-}
+EULER = "        z = z - v / steps\n"
+CARD = "    parameters = sum(weight.numel() for weight in network.parameters())\n"
+STAGING = '    staging = out / ".writing"\n'
+BUGS = [
+    ("model.py", INIT, "self.planted = foo", NameError),
+    ("model.py", INIT, "planted = len(image_size)", TypeError),
+    ("model.py", INIT, "planted = torch.zeros(3).view(2)", RuntimeError),
+    ("model.py", FORWARD, "planted = z + torch.zeros(7)", RuntimeError),
+    ("train.py", LOSS, "planted = foo", NameError),
+    ("train.py", LOOP, "planted = {}['step']", KeyError),
+    ("train.py", LOOP, "planted = open('notes.txt')", FileNotFoundError),
+    ("sample.py", EULER, "planted = z + torch.zeros(7)", RuntimeError),
+    ("support/hub.py", CARD, "planted = int('many')", ValueError),
+    ("support/checkpoint.py", STAGING, "planted = {}['more']", KeyError),
+]
 
 
 def planted(bug, folder):
     """A copy of the project in which one of BUGS is planted."""
-    name, line, statement, _ = BUGS[bug]
+    name, line, statement, _ = bug
     indent = " " * (len(line) - len(line.lstrip()))
     return edited(folder, name, (line, f"{line}{indent}{statement}\n"))
 
 
-def assert_raised(bug, *command, cwd):
-    """The command ends with the bug's own error, and a traceback that shows its line."""
-    _, _, statement, error = BUGS[bug]
+def assert_raised(error, statement, *command, cwd):
+    """The command ends with this very error, and a traceback that shows the line."""
     with pytest.raises(error) as raised:
         finish(*command, cwd=cwd)
     assert raised.type is error
@@ -382,29 +317,25 @@ def assert_raised(bug, *command, cwd):
 def test_a_bug_of_ones_own_shows_its_line(use, pictures, tmp_path, bug):
     use(planted(bug, tmp_path))
     run = [*FEW, "--dataset", pictures, "--steps", 2, "--sample-every", 1]
-    assert_raised(bug, "train", *run, cwd=tmp_path)
+    assert_raised(bug[3], bug[2], "train", *run, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if "DiT" in bug])
+@pytest.mark.parametrize("bug", BUGS[:4])
 def test_a_bug_in_the_network_shows_its_line_when_it_is_sampled(use, trained, tmp_path, bug):
     use(planted(bug, tmp_path))
     command = ["sample", "--checkpoint", trained / "out", "--class-id", 0, "--device", "cpu"]
-    assert_raised(bug, *command, cwd=tmp_path)
+    assert_raised(bug[3], bug[2], *command, cwd=tmp_path)
 
 
 def test_a_bug_in_a_compiled_block_shows_its_line(use, pictures, tmp_path):
     line = "        x = x + gate2[:, None] * self.mlp(modulate(norm(x), shift2, scale2))\n"
-    change = (line, f"{line}        x = x + torch.zeros(7)\n")
-    use(edited(tmp_path, "model.py", change))
+    use(edited(tmp_path, "model.py", (line, f"{line}        x = x + torch.zeros(7)\n")))
     run = [*FEW, "--dataset", pictures, "--steps", 2, "--compile", "on"]
-    with pytest.raises(RuntimeError) as raised:
-        finish("train", *run, cwd=tmp_path)
-    assert "        x = x + torch.zeros(7)" not in str(raised.value)
-    assert "x = x + torch.zeros(7)" in "".join(traceback.format_exception(raised.value))
+    assert_raised(RuntimeError, "\n    x = x + torch.zeros(7)\n", "train", *run, cwd=tmp_path)
 
 
 def test_python_itself_prints_the_traceback_of_a_bug(pictures, tmp_path):
-    script = planted("a KeyError in the loop", tmp_path) / "train.py"
+    script = planted(BUGS[5], tmp_path) / "train.py"
     code, _, err = finish(script, *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
     assert code == 1 and "Traceback" in err and "planted = {}['step']" in err
     assert err.splitlines()[-1] == "KeyError: 'step'"
@@ -412,47 +343,18 @@ def test_python_itself_prints_the_traceback_of_a_bug(pictures, tmp_path):
 
 # Edits of the network and of the training
 
-OWN_LAYERS = [  # weights that blocks share, dropout, a batch norm
-    (
-        "ModuleList(Block(dim, heads) for _ in range(depth))",
-        "ModuleList([Block(dim, heads)] * depth)",
-    ),
-    ("nn.Linear(4 * dim, dim))", "nn.Linear(4 * dim, dim), nn.Dropout(0.3))"),
-    (
-        "        self.initialize()\n",
-        "        self.own = nn.BatchNorm1d(dim)\n        self.initialize()\n",
-    ),
-    ("        c = F.silu(c)  # (B, dim)\n", "        c = F.silu(self.own(c))\n"),
-]
-OWN_LOSS = """
-    loss = F.mse_loss(model(z_t, t, y), v)
-    assert loss.item() < 99
-    return loss
-"""
-TWO_GROUPS = """
-        [
-            {"params": [w for w in model.parameters() if w.ndim > 1], "weight_decay": 0.1},
-            {"params": [w for w in model.parameters() if w.ndim < 2], "lr": LEARNING_RATE / 100},
-        ],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
-"""
-OPTIMIZER = (
-    "\n        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True\n"
-)
+OWN_LAYERS = {  # weights that blocks share, dropout, a batch norm
+    "ModuleList(Block(dim, heads) for _ in range(depth))": "ModuleList([Block(dim, heads)] * depth)",
+    "nn.Linear(4 * dim, dim))": "nn.Linear(4 * dim, dim), nn.Dropout(0.3))",
+    "        self.initialize()\n": "        self.own = nn.BatchNorm1d(dim)\n        self.initialize()\n",
+    FORWARD: "        c = F.silu(self.own(c))\n",
+}
 OWN_COLUMN = ("                    row = {\n", '                    row = {\n"now": 1,\n')
-OWN_TRAINING = [
-    ("    return F.mse_loss(model(z_t, t, y), v)\n", OWN_LOSS),
-    (OPTIMIZER, TWO_GROUPS),
-    OWN_COLUMN,
-]
 
 
 def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures, tmp_path):
-    copy = edited(tmp_path, "model.py", *OWN_LAYERS)
-    edit(copy / "train.py", *OWN_TRAINING)
-    use(copy)
+    use(edited(tmp_path, "model.py", *OWN_LAYERS.items()))
     run = [*FEW, "--depth", 2, "--dataset", pictures, "--warmup-steps", 1, "--decay-share", 0]
-    run += ["--eval-every", 4]
     call("train", *run, "--steps", 12, "--out-dir", "whole", cwd=tmp_path)
     call("train", *run, "--steps", 5, cwd=tmp_path)
     call("train", "--resume", "--steps", 12, cwd=tmp_path)
@@ -462,9 +364,6 @@ def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures,
             assert torch.equal(tensor, parts[kind][name]), (kind, name)
     assert torch.equal(whole["ema"]["own.running_mean"], whole["model"]["own.running_mean"])
     assert whole["ema"]["own.running_mean"].abs().max() > 0
-    rates = [group["lr"] for group in parts["optimizer"]["param_groups"]]
-    assert rates == [train.LEARNING_RATE, train.LEARNING_RATE / 100]
-    assert [row["step"] for row in rows(tmp_path / "out")] == ["4", "5", "8", "12"]
     out, _ = call("sample", "--class-id", 0, "--steps", 2, cwd=tmp_path)
     assert (tmp_path / out.strip()).exists()
 
@@ -480,29 +379,31 @@ def test_a_resumed_run_takes_optimizer_and_columns_of_the_file(use, trained, tmp
     assert table == [("10", ""), ("20", ""), ("30", ""), ("31", "1")]
 
 
-MISFITS = {
-    "extra.weight": (
-        "model.py",
-        "        self.final_modulation = nn.Linear(dim, 2 * dim)\n",
-        "        self.extra = nn.Linear(dim, dim)\n",
-    ),
-    "amsgrad": ("train.py", "weight_decay=0, fused=True", ", amsgrad=True"),
+def test_a_module_of_ones_own_is_named_when_the_checkpoint_lacks_it(use, trained, tmp_path):
+    line = "        self.final_modulation = nn.Linear(dim, 2 * dim)\n"
+    use(edited(tmp_path, "model.py", (line, f"{line}        self.extra = nn.Linear(dim, dim)\n")))
+    shutil.copytree(trained / "out", tmp_path / "out")
+    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "extra.weight" in line and "train_state.pt" in line
+    line = refused("sample", cwd=tmp_path)
+    assert "extra.weight" in line and "model.safetensors" in line
+
+
+OWN_STATE = {  # a table that is made on first use, and a list that remembers each call
+    "MIN_T = 0.05\n": "MIN_T = 0.05\nTABLES, CALLS = {}, []\n",
+    FORWARD: "        c = F.silu(c) + TABLES.setdefault(0, torch.zeros(1, device=z.device))\n"
+    "        CALLS.append(self.training)\n",
 }
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_an_edit_that_does_not_fit_the_state_is_named(use, trained, tmp_path, name):
-    file, line, more = MISFITS[name]
-    use(edited(tmp_path, file, (line, line + more)))
-    shutil.copytree(trained / "out", tmp_path / "out")
-    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
-    assert name in line and "train_state.pt" in line
-    if file == "model.py":
-        line = refused("sample", cwd=tmp_path)
-        assert name in line and "model.safetensors" in line
+def test_the_network_is_run_once_a_step_and_on_its_own_device_alone(use, pictures, tmp_path):
+    use(edited(tmp_path, "model.py", *OWN_STATE.items()))
+    call("train", *FEW, "--dataset", pictures, "--steps", 3, cwd=tmp_path)
+    model = sys.modules["model"]
+    assert model.TABLES[0].device.type == "cpu" and model.CALLS.count(True) == 3
 
 
-# Paths and names
+# Paths, and what to type
 
 
 def test_the_home_folder_may_be_a_tilde(pictures, tmp_path, monkeypatch):
@@ -513,15 +414,7 @@ def test_the_home_folder_may_be_a_tilde(pictures, tmp_path, monkeypatch):
     call("train", *run, cwd=tmp_path)
     call("train", "--resume", "--out-dir=~/run", "--steps", 2, cwd=tmp_path)
     call("sample", "--checkpoint=~/run", "--class-id", 0, "--steps", 1, cwd=tmp_path)
-    assert (tmp_path / "run" / "config.json").exists() and not (tmp_path / "~").exists()
-
-
-def test_names_that_a_terminal_cannot_show_are_escaped():
-    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
-    with contextlib.redirect_stdout(terminal):
-        helpers.run_command(lambda: print("蝶"))
-    terminal.flush()
-    assert terminal.buffer.getvalue().strip() == b"\\u8776"
+    assert not (tmp_path / "~").exists()
 
 
 def pasted(command, folder):
@@ -534,85 +427,77 @@ def pasted(command, folder):
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["out", "my run", "l'été 蝶", 'a"b$c\\d', "-x"])
+@pytest.mark.parametrize("name", ["out", "my run", "l'été 蝶", 'a"b$c\\d'])
 def test_what_a_run_tells_one_to_type_can_be_pasted(monkeypatch, pictures, tmp_path, name):
-    update_ema = train.update_ema
-
-    def stopped(ema, model, step):
-        update_ema(ema, model, step)
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(train, "update_ema", stopped)
-    out_dir = f"--out-dir={name}"
-    run = [*FEW, "--dataset", pictures, "--steps", 3, out_dir]
-    _, err = call("train", *run, cwd=tmp_path, status=143)
+    run = [*FEW, "--dataset", pictures, "--steps", 3, "--out-dir", name]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda *_: signal.raise_signal(signal.SIGTERM))
+        _, err = call("train", *run, cwd=tmp_path, status=143)
     (command,) = re.findall("continue with (python .*)", err)
-    monkeypatch.setattr(train, "update_ema", update_ema)
     call("train", *pasted(command, tmp_path), cwd=tmp_path)
     assert state(tmp_path / name)["step"] == 3
 
     # The other command that a run prints: of a loss that is not finite.
-    monkeypatch.setattr(train, "update_ema", lambda ema, model, step: None)
-    loss = lambda model, x, y, t, noise: model(x, t, y).sum() * float("nan")  # noqa: E731
-    monkeypatch.setattr(train, "rectified_flow_loss", loss)
-    run = ["--resume", "--steps", 4, out_dir]
-    _, err = call("train", *run, cwd=tmp_path, status=2)
+    run = ["--resume", "--steps", 4, "--learning-rate", 1e38, "--out-dir", name]
+    _, err = call("train", *run, "--log-every", 1, cwd=tmp_path, status=2)
     (command,) = re.findall("lower LEARNING_RATE: (python .*)", err)
     _, settings = train.parse_flags(pasted(command, tmp_path))
-    assert settings == {"OUT_DIR": name, "LEARNING_RATE": train.LEARNING_RATE / 2}
+    assert settings == {"OUT_DIR": name, "LEARNING_RATE": 5e37}
 
 
 # Memory and disk: what is one line, and what is a bug
 
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory"),  # on Windows
+]
+NO_DISK = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR"]
 
-def one_line_of(error, capsys):
-    """What run_command prints for an exception, if it ends with status 2."""
 
-    def fail():
+def fail(error):
+    """What run_command does if main() raises the error."""
+
+    def main():
         raise error
 
-    with pytest.raises(SystemExit) as stop:
-        helpers.run_command(fail, if_out_of_memory="lower it")
+    helpers.run_command(main, if_out_of_memory="lower it")
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_too_little_memory_is_one_line(capsys, error):
+    with pytest.raises(SystemExit, match="2"):
+        fail(error)
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    return line
+    assert "error: out of memory: lower it" in line
 
 
-def test_too_little_memory_is_one_line(pictures, tmp_path, capsys):
-    run = [*SMALL, "--dataset", pictures, "--batch-size", 10**15]  # no address space is as large
-    line = refused("train", *run, cwd=tmp_path)
-    assert "out of memory: lower BATCH_SIZE" in line or "out of memory: close other" in line
-    for error in (
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines"),
-        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
-        RuntimeError("DefaultCPUAllocator: not enough memory"),  # on Windows
-    ):
-        assert "error: out of memory: lower it" in one_line_of(error, capsys)
+def test_what_the_cpu_says_when_memory_runs_out_is_known(monkeypatch, pictures, tmp_path):
+    monkeypatch.setattr(train, "random_batch", lambda *_: torch.empty(2**60))
+    assert "out of memory" in refused("train", *FEW, "--dataset", pictures, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR"])
+@pytest.mark.parametrize("name", NO_DISK)
 def test_a_disk_that_cannot_be_written_is_one_line(capsys, name):
     number = getattr(errno, name)
-    line = one_line_of(OSError(number, os.strerror(number), "out/samples/grid.png"), capsys)
+    with pytest.raises(SystemExit, match="2"):
+        fail(OSError(number, os.strerror(number), "out/samples/grid.png"))
+    (line,) = capsys.readouterr().err.splitlines()
     assert os.strerror(number) in line and "out/samples/grid.png" in line
 
 
-def test_a_file_in_the_place_of_the_folder_is_one_line(pictures, tmp_path):
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_file_in_the_place_of_the_folder_is_one_line(pictures, tmp_path, out):
     (tmp_path / "file").write_text("mine")
-    for out in ("file", "file/run"):
-        line = refused("train", *FEW, "--dataset", pictures, "--out-dir", out, cwd=tmp_path)
-        assert "file" in line
+    assert "file" in refused("train", *FEW, "--dataset", pictures, "--out-dir", out, cwd=tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "no file"), RuntimeError("a shape")])
 def test_other_errors_are_bugs(error):
-    def fail():
-        raise error
-
     with pytest.raises(type(error)):
-        helpers.run_command(fail)
+        fail(error)
 
 
 # Long
@@ -620,16 +505,16 @@ def test_other_errors_are_bugs(error):
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_refused():
-    assert fuzz(20, seed=100) == []
+    assert fuzz(16, 100) == []
 
 
 @pytest.mark.slow
 def test_ten_thousand_classes_train_resume_and_are_sampled(tmp_path):
     for n in range(10_000):
-        colour = (n % 256, n // 256, 90)
-        save(solid(colour=colour, size=(4, 4)), tmp_path / "many" / f"c{n:05}" / "0.png")
+        picture = solid(colour=(n % 256, n // 256, 90), size=(4, 4))
+        save(picture, tmp_path / "many" / f"c{n:05}" / "0.png")
     call("train", *FEW, "--dataset", "many", "--steps", 2, cwd=tmp_path)
     out, _ = call("train", "--resume", "--steps", 3, cwd=tmp_path)
-    assert "10000 classes: c00000, c00001, c00002, ..., c09997" in out
+    assert "10000 classes" in out and len(out) < 1000
     call("sample", "--class-name", "C09999", "--steps", 1, "--output", "one.png", cwd=tmp_path)
     assert (tmp_path / "one.png").exists()
