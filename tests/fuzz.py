@@ -63,7 +63,6 @@ def attack(prepared, folder, seed):
         _, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.communicate()
         return "not done after 60 seconds"
     if process.returncode not in (0, 2) or "Traceback" in err:
         return f"status {process.returncode}: {err.strip()[-300:]}"

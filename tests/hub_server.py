@@ -1,6 +1,5 @@
-"""A small Hub on the loopback address: the few endpoints that a download or an upload asks for."""
+"""A small Hub on the loopback address: the few endpoints that a download asks for."""
 
-import base64
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,14 +21,12 @@ def entry(path, folder):
 
 class Hub:
     """Serves repositories {"datasets/you/name" or "you/name": folder}; an HTTP status in the place
-    of a folder is what all requests are answered with.
-
-    uploads: a folder in which repositories may be created. As a context manager it yields itself;
-    `url` is what HF_ENDPOINT has to be, `asked` the paths.
+    of a folder is what all requests are answered with. As a context manager it yields itself; `url`
+    is what HF_ENDPOINT has to be, `asked` the paths.
     """
 
-    def __init__(self, repositories, uploads=None):
-        self.repositories, self.uploads, self.asked = repositories, uploads, []
+    def __init__(self, repositories):
+        self.repositories, self.asked = repositories, []
         handler = type("HandlerOfOne", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -41,29 +38,6 @@ class Hub:
     def __exit__(self, *error):
         self.server.shutdown()
         self.server.server_close()
-
-    def take(self, path, asked):
-        """Create a repository, or take a commit of small files: they go to `uploads`."""
-        if path == "api/repos/create":
-            asked = json.loads(asked)
-            name = f"{asked['organization']}/{asked['name']}"
-            (self.uploads / name).mkdir(parents=True)
-            return {"url": f"{self.url}/{name}", "name": name, "id": name}
-        if "/preupload/" in path:
-            modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            files = [{"path": file["path"], **modes} for file in json.loads(asked)["files"]]
-            return {"files": files}
-        if "/commit/" in path:
-            name = path.removeprefix("api/models/").partition("/commit/")[0]
-            for line in filter(None, asked.splitlines()):
-                value = json.loads(line)["value"]
-                if json.loads(line)["key"] == "file":
-                    target = self.uploads / name / value["path"]
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(base64.b64decode(value["content"]))
-            commit = {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
-            return {**commit, "success": True}
-        return {"errors": [], "warnings": []}  # validate-yaml
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -85,12 +59,9 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        """paths-info, what is known of some files; and what an upload needs."""
-        path = self.note_path()
+        """paths-info: what is known of some files."""
+        name = self.note_path().removeprefix("api/").partition("/paths-info/")[0]
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        name, found, _ = path.removeprefix("api/").partition("/paths-info/")
-        if not found:
-            return self.answer(json.dumps(self.hub.take(path, asked)).encode())
         wanted = parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
         folder = self.hub.repositories[name]
         known = [folder / file for file in wanted if (folder / file).exists()]

@@ -24,10 +24,8 @@ def assert_same_training(out, other):
     for row, its in zip(rows(out), rows(other)):
         for column in ("step", "train_loss", "val_loss", "learning_rate"):
             assert float(its[column]) == pytest.approx(float(row[column]), rel=1e-4)
-    names = [sorted(path.name for path in folder.glob("*")) for folder in (out, other)]
-    assert [name for name in names[1] if ".lock" not in name] == [
-        name for name in names[0] if ".lock" not in name
-    ]
+    names = [{path.name for path in folder.glob("**/[!.]*")} for folder in (out, other)]
+    assert names[0] == names[1]
 
 
 @POSIX
@@ -46,15 +44,11 @@ def workers(out):
     return [int(number) for number in found.stdout.split()]
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGKILL")]
+
+
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SIGTERM",
-        pytest.param("SIGINT", marks=pytest.mark.slow),
-        pytest.param("SIGKILL", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["SIGTERM", *SLOW])
 def test_all_processes_end_together_and_one_goes_on(pictures, tmp_path, name):
     run = [*SMALL, "--dataset", pictures, *EVERY, "--steps", 10**6, "--out-dir", tmp_path / "out"]
     process = start("train", *run, cwd=tmp_path, processes=2)
