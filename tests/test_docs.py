@@ -69,10 +69,9 @@ def test_commands_can_be_pasted_into_any_shell_and_are_understood(page):
         assert not re.search(r"[#\\'~$]", line), line
         assert "&&" not in line or line.endswith("&& pytest -n auto"), line
         words = shlex.split(line)
-        if words[1:2] == ["train.py"]:
-            train.parse_flags(words[2:])
-        if words[1:2] == ["sample.py"]:
-            sample.parse_flags(words[2:])
+        for module in (train, sample):
+            if words[1:2] == [f"{module.__name__}.py"]:
+                module.parse_flags(words[2:])
 
 
 def test_the_readme_quotes_code_that_is_there():

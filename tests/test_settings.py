@@ -87,17 +87,14 @@ CHAINED = TWICE = 7
 LARGE = (
     2**40  # computed
 )
-if SWITCH:
-    INDENTED = 4
 import numpy
 NUMPY = numpy.float64(0.5)  # which torch.load would refuse
 A_TUPLE = (1, 2)  # no flag
 NOTHING = None
 A_PATH = Path("somewhere")
-lower_case = 5
 """
 OWN_SETTINGS = {"ONE_SPACE": 1.0, "NO_COMMENT": -2, "STRANGE": "a # b", "SWITCH": True, "ZERO": 0}
-OWN_SETTINGS |= {"CHAINED": 7, "TWICE": 7, "LARGE": 2**40, "INDENTED": 4, "NUMPY": 0.5}
+OWN_SETTINGS |= {"CHAINED": 7, "TWICE": 7, "LARGE": 2**40, "NUMPY": 0.5}
 
 
 def test_constants_of_ones_own_are_flags_and_come_back(use, pictures, tmp_path):
@@ -110,16 +107,16 @@ def test_constants_of_ones_own_are_flags_and_come_back(use, pictures, tmp_path):
     assert "my idea" in out and "100% of" in out and "{x} %s %(prog)s" in out
     data = out.split("\ndata:\n")[1].split("\nmodel:\n")[0]  # a section, with its comments
     assert "share of pictures that are mirrored" in data and "(default: 0.5)" in data
-    for name in ("A_TUPLE", "NOTHING", "A_PATH", "LOWER_CASE", "SUPPRESS", "MIN_T"):
+    for name in ("A_TUPLE", "NOTHING", "A_PATH", "SUPPRESS", "MIN_T"):
         assert flag_of(name) not in flags
 
     run = [*FEW, "--dataset", pictures, "--overwrite", "--steps"]
     call("train", *run, 1, cwd=tmp_path)
     assert OWN_SETTINGS.items() <= saved_settings(tmp_path).items()
     changed = ["--one-space", 2.5, "--no-comment", -1, "--strange", "x", "--no-switch"]
-    changed += ["--zero", 0.25, "--large", "1e3", "--indented", 7]
+    changed += ["--zero", 0.25, "--large", "1e3"]
     expected = {**OWN_SETTINGS, "ONE_SPACE": 2.5, "NO_COMMENT": -1, "STRANGE": "x"}
-    expected |= {"SWITCH": False, "ZERO": 0.25, "LARGE": 1000, "INDENTED": 7}
+    expected |= {"SWITCH": False, "ZERO": 0.25, "LARGE": 1000}
     call("train", *run, 2, *changed, cwd=tmp_path)
     assert expected.items() <= saved_settings(tmp_path).items()
     assert isinstance(saved_settings(tmp_path)["LARGE"], int)  # 1e3 is whole
@@ -206,15 +203,13 @@ def test_a_mistake_in_a_preset_is_named(monkeypatch, tmp_path):
     assert "--conv-width" in refused("train", "--preset", "mine", cwd=tmp_path)
     monkeypatch.setitem(train.PRESETS, "mine", "--dataset drawn --label-drop 2")
     assert "LABEL_DROP is 2" in refused("train", "--preset", "mine", cwd=tmp_path)
-    line = refused("train", "--preset", "small", cwd=tmp_path)
-    assert "small" in line and "laptop" in line and "mine" in line
 
 
 # Notebooks
 
 
 def words(pictures, *more):
-    return [*map(str, FEW), "--dataset", str(pictures), *map(str, more)]
+    return list(map(str, [*FEW, "--dataset", pictures, *more]))
 
 
 def test_main_runs_in_a_notebook_and_puts_the_constants_back(pictures, tmp_path, monkeypatch):
@@ -330,13 +325,6 @@ def test_a_bug_in_a_compiled_block_shows_its_line(use, pictures, tmp_path):
     assert_raised(RuntimeError, "\n    x = x + torch.zeros(7)\n", "train", *run, cwd=tmp_path)
 
 
-def test_python_itself_prints_the_traceback_of_a_bug(pictures, tmp_path):
-    script = planted(BUGS[5], tmp_path) / "train.py"
-    code, _, err = finish(script, *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
-    assert code == 1 and "Traceback" in err and "planted = {}['step']" in err
-    assert err.splitlines()[-1] == "KeyError: 'step'"
-
-
 # Edits of the network and of the training
 
 OWN_LAYERS = {  # weights that blocks share, dropout, a batch norm
@@ -448,36 +436,25 @@ def test_what_a_run_tells_one_to_type_can_be_pasted(monkeypatch, pictures, tmp_p
     assert settings == {"OUT_DIR": name, "LEARNING_RATE": 5e37}
 
 
-# Memory and disk: what is one line, and what is a bug
+# Memory and disk
 
-NO_MEMORY = [
+FAULTS = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
     RuntimeError("DefaultCPUAllocator: not enough memory"),  # on Windows
     lambda *arguments: torch.empty(2**60),  # what this machine says
 ]
-NO_DISK = ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR"]
+for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR"):
+    FAULTS.append(OSError(getattr(errno, name), name, "out/grid.png"))
 
 
-def refusal(monkeypatch, pictures, folder, error):
-    """The last line of a run in which the first step raises the error; a progress bar is before."""
-    monkeypatch.setattr(train, "random_batch", Mock(side_effect=error))
-    _, err = call("train", *FEW, "--dataset", pictures, cwd=folder, status=2)
-    return err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("error", NO_MEMORY)
-def test_too_little_memory_is_one_line(monkeypatch, pictures, tmp_path, error):
-    line = refusal(monkeypatch, pictures, tmp_path, error)
-    assert line.startswith("train.py: error: out of memory: ")
-
-
-@pytest.mark.parametrize("name", NO_DISK)
-def test_a_disk_that_cannot_be_written_is_one_line(monkeypatch, pictures, tmp_path, name):
-    number = getattr(errno, name)
-    error = OSError(number, os.strerror(number), "out/grid.png")
-    assert refusal(monkeypatch, pictures, tmp_path, error) == f"train.py: error: {error}"
+@pytest.mark.parametrize("error", FAULTS)
+def test_too_little_memory_or_disk_is_one_line(monkeypatch, pictures, tmp_path, error):
+    monkeypatch.setattr(train, "random_batch", Mock(side_effect=error))  # in the first step
+    _, err = call("train", *FEW, "--dataset", pictures, cwd=tmp_path, status=2)
+    expected = str(error) if isinstance(error, OSError) else "out of memory: "
+    assert err.splitlines()[-1].startswith(f"train.py: error: {expected}")
 
 
 # Long
@@ -485,7 +462,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(monkeypatch, pictures, tmp_pa
 
 @pytest.mark.slow
 def test_mutated_files_are_read_or_refused():
-    assert fuzz(16, 100) == []
+    assert fuzz(int(os.environ.get("NANODIT_FUZZ", 16)), first_seed=100) == []
 
 
 @pytest.mark.slow
