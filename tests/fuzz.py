@@ -1,6 +1,6 @@
 """Random mutations of pictures, config.json and train_state.pt, through the command lines.
 
-A mutation changes, cuts, doubles or inserts bytes of a valid file. Whatever the scripts make of it,
+A mutation changes, cuts or inserts bytes of a valid file. Whatever the scripts make of it,
 they end within 60 seconds with status 0 or 2, no traceback, and the file as it was. The folders of
 those that do not are kept. The same seed makes the same mutation.
 """
@@ -30,15 +30,13 @@ def mutated(content, generator):
         at = generator.randrange(len(content) + 1)
         length = generator.choice((1, 1, 2, 4, 16, 200))
         new = bytes(generator.choice((generator.randrange(256), 57)) for _ in range(length))
-        change = generator.randrange(5)
+        change = generator.randrange(4)
         if change == 0:
             content[at : at + length] = new
         elif change == 1:
             content[at:at] = new
         elif change == 2:
             del content[at : at + length]
-        elif change == 3:
-            content[at:at] = content[at : at + length]
         else:
             del content[at:]
         content = content or bytearray(b"0")

@@ -148,6 +148,21 @@ def state(out):
     return torch.load(out / "train_state.pt", weights_only=True)
 
 
+def assert_same_weights(out, other):
+    """Two runs have the same weights at the same step, bit for bit."""
+    first, second = state(out), state(other)
+    assert first["step"] == second["step"]
+    for part in ("model", "ema"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), (part, name)
+
+
+def files(folder):
+    """{path: content} of a folder, without the lock, which is there or not."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name]
+    return {path: path.read_bytes() for path in paths}
+
+
 def wait_for_rows(process, out, count):
     """Wait until the log of a run in another process has so many rows."""
     while not (out / "log.csv").exists() or len(rows(out)) < count:

@@ -51,7 +51,6 @@ def test_saved_and_loaded_is_the_same_and_prints_nothing(model, tmp_path, capfd)
 
 CONFIGS = [
     ({"rope": True}, "config.json", "rope"),
-    ({"dim": "16"}, "config.json", "DIM is '16'"),
     ({"class_names": None}, "config.json", "class_names"),
     ({"image_size": 15}, "config.json", "IMAGE_SIZE 15"),
     ({"class_names": ["a", "b"]}, "model.safetensors", "class_embedding"),

@@ -12,7 +12,7 @@ from support.settings import UserError
 
 import pytest
 import torch
-from helpers import FEW, POSIX, call, opened, refused, rows, save, solid, start, state
+from helpers import FEW, POSIX, assert_same_weights, call, files, refused, rows, start, state
 
 import train
 from model import DiT
@@ -20,18 +20,14 @@ from model import DiT
 
 def assert_same_run(a, b):
     """Bit for bit the same weights, losses and pictures; the clock's columns aside."""
-    first, second = state(a), state(b)
-    assert first["step"] == second["step"]
-    for part in ("model", "ema"):
-        for name, tensor in first[part].items():
-            assert torch.equal(tensor, second[part][name]), (part, name)
+    assert_same_weights(a, b)
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     logs = [[list(row.values())[:4] for row in rows(out)] for out in (a, b)]
     assert logs[0] == logs[1] and logs[0]
     names = [sorted(path.name for path in out.rglob("*")) for out in (a, b)]
     assert names[0] == names[1]
     for path in (a / "samples").iterdir():
-        assert opened(path).tobytes() == opened(b / "samples" / path.name).tobytes()
+        assert path.read_bytes() == (b / "samples" / path.name).read_bytes()
 
 
 def copied(trained, tmp_path):
@@ -102,11 +98,11 @@ def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, na
         if step == 5:
             signal.raise_signal(getattr(signal, name))
 
-    monkeypatch.setattr(train, "update_ema", stopped)
-    _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", stopped)
+        _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
     assert "stopped at step 5" in err and err.endswith("--resume --out-dir=out\n")
     assert state(tmp_path / "out")["step"] == 5
-    monkeypatch.setattr(train, "update_ema", update_ema)
     call("train", "--resume", cwd=tmp_path)
     assert_same_run(short, tmp_path / "out")
 
@@ -121,11 +117,11 @@ def test_a_crash_between_any_two_files_is_made_up_for(short, pictures, tmp_path,
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint, "replace", crash)
-    call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=130)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "replace", crash)
+        call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=130)
     DiT.from_pretrained(tmp_path / "out")
     assert 0 < state(tmp_path / "out")["step"] < 12
-    monkeypatch.setattr(checkpoint, "replace", replace)
     call("train", "--resume", cwd=tmp_path)
     assert_same_run(short, tmp_path / "out")
 
@@ -163,10 +159,8 @@ def test_a_truncated_state_is_named(trained, tmp_path):
     content = path.read_bytes()
     for keep in (0, len(content) // 3, len(content) - 1):
         path.write_bytes(content[:keep])
-        with pytest.raises(UserError, match="train_state.pt is missing, damaged"):
-            checkpoint.load_state(path)
-    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
-    assert "train_state.pt is missing, damaged" in line
+        line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+        assert "train_state.pt is missing, damaged" in line
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], {"settings": {}}, "words", 7])
@@ -214,30 +208,24 @@ def test_resume_without_a_run(tmp_path):
     assert "--resume" in line and "--overwrite" in line
 
 
-def test_resume_with_other_classes_is_refused(trained, tmp_path):
-    save(solid(), tmp_path / "other" / "one.png")
-    copied(trained, tmp_path)
-    more = ["--resume", "--steps", 40, "--dataset", "other"]
-    assert "classes of the data set" in refused("train", *more, cwd=tmp_path)
-
-
 # What may change, and what may not
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--dim", 32], "DIM is 16 in out, not 32"),
-        (["--conv-dim", 8], "CONV_DIM is 0 in out, not 8"),
-        (["--seed", 7], "SEED is 0 in out, not 7"),
-        (["--preset", "laptop"], "not 96"),
-    ],
-)
+UNCHANGEABLE = {
+    "--dim 32": "DIM is 16 in out, not 32",
+    "--conv-dim 8": "CONV_DIM is 0 in out, not 8",
+    "--seed 7": "SEED is 0 in out, not 7",
+    "--preset laptop": "not 96",
+    "--dataset drawn": "classes of the data set",
+}
+
+
+@pytest.mark.parametrize("flags, words", UNCHANGEABLE.items())
 def test_what_a_run_cannot_go_on_with_is_refused_by_name(trained, tmp_path, flags, words):
     out = copied(trained, tmp_path)
-    before = {path: path.read_bytes() for path in out.glob("*.*")}
-    assert words in refused("train", "--resume", "--steps", 40, *flags, cwd=tmp_path)
-    assert {path: path.read_bytes() for path in before} == before
+    before = files(out)
+    assert words in refused("train", "--resume", "--steps", 40, *flags.split(), cwd=tmp_path)
+    assert files(out) == before
 
 
 def test_what_may_change_on_resume_does(trained, tmp_path):
@@ -253,10 +241,10 @@ def test_what_may_change_on_resume_does(trained, tmp_path):
 
 def test_a_finished_run_says_so(trained, tmp_path):
     out = copied(trained, tmp_path)
-    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    before = files(out)
     said, _ = call("train", "--resume", cwd=tmp_path)
     assert "out is finished" in said and "--steps" in said
-    assert {path: path.read_bytes() for path in before} == before
+    assert files(out) == before
 
 
 # An optimizer of one's own
@@ -272,19 +260,10 @@ def two_groups(parameters, lr, **options):
     return ADAMW([matrices, vectors], lr=lr, **options)
 
 
-def adam(parameters, lr, **options):
-    return torch.optim.Adam(parameters, lr, **options)
-
-
-def amsgrad(parameters, lr, **options):
-    return ADAMW(parameters, lr, amsgrad=True, **options)
-
-
 @pytest.mark.parametrize(
     "own, words",
     [
-        (adam, "train_state.pt is of AdamW; train.py has Adam"),
-        (amsgrad, "train_state.pt is of AdamW; train.py has AdamW amsgrad"),
+        (torch.optim.Adam, "train_state.pt is of AdamW; train.py has Adam"),
         (two_groups, "other groups of weights: "),
     ],
 )
@@ -330,5 +309,4 @@ def test_a_loss_that_draws_at_random_resumes_bit_for_bit(pictures, tmp_path, mon
     call("train", *run, "--steps", 5, cwd=tmp_path)
     torch.manual_seed(77)
     call("train", "--resume", "--steps", 9, cwd=tmp_path)
-    whole, parts = state(tmp_path / "whole")["model"], state(tmp_path / "out")["model"]
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")

@@ -4,6 +4,7 @@ the traceback. Here copies of the files are edited, and imported in place of the
 import argparse
 import errno
 import importlib
+import inspect
 import io
 import json
 import os
@@ -24,21 +25,7 @@ import helpers
 import pytest
 import torch
 from fuzz import fuzz
-from helpers import (
-    FEW,
-    POSIX,
-    ROOT,
-    SMALL,
-    call,
-    edit,
-    edited,
-    finish,
-    refused,
-    rows,
-    save,
-    solid,
-    state,
-)
+from helpers import FEW, POSIX, SMALL, call, edit, edited, finish, refused, rows, save, solid, state
 
 import train
 
@@ -258,7 +245,7 @@ def test_a_module_that_is_reloaded_has_the_same_settings(use, pictures, tmp_path
 
 def test_a_file_that_is_run_twice_has_the_same_settings(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = compile((ROOT / "train.py").read_text("utf-8"), "train.py", "exec")
+    code = compile(inspect.getsource(train), "train.py", "exec")
     namespace = {"__name__": "a notebook", "MINE": 5}  # a name of the notebook, and no setting
     exec(code, namespace)
     exec(code, namespace)
@@ -270,17 +257,14 @@ def test_a_file_that_is_run_twice_has_the_same_settings(pictures, tmp_path, monk
 
 INIT = "        self.image_size = image_size\n"
 FORWARD = "        c = F.silu(c)  # (B, dim)\n"
-LOSS = "    v = noise - x\n"
 LOOP = "            update_ema(ema, model, step)\n"
 EULER = "        z = z - v / steps\n"
 CARD = "    parameters = sum(weight.numel() for weight in network.parameters())\n"
 STAGING = '    staging = out / ".writing"\n'
 BUGS = [
     ("model.py", INIT, "self.planted = foo", NameError),
-    ("model.py", INIT, "planted = len(image_size)", TypeError),
     ("model.py", INIT, "planted = torch.zeros(3).view(2)", RuntimeError),
     ("model.py", FORWARD, "planted = z + torch.zeros(7)", RuntimeError),
-    ("train.py", LOSS, "planted = foo", NameError),
     ("train.py", LOOP, "planted = {}['step']", KeyError),
     ("train.py", LOOP, "planted = open('notes.txt')", FileNotFoundError),
     ("sample.py", EULER, "planted = z + torch.zeros(7)", RuntimeError),
@@ -311,7 +295,7 @@ def test_a_bug_of_ones_own_shows_its_line(use, pictures, tmp_path, bug):
     assert_raised(bug[3], bug[2], "train", *run, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("bug", BUGS[:4])
+@pytest.mark.parametrize("bug", BUGS[:3])
 def test_a_bug_in_the_network_shows_its_line_when_it_is_sampled(use, trained, tmp_path, bug):
     use(planted(bug, tmp_path))
     command = ["sample", "--checkpoint", trained / "out", "--class-id", 0, "--device", "cpu"]
@@ -342,10 +326,8 @@ def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures,
     call("train", *run, "--steps", 12, "--out-dir", "whole", cwd=tmp_path)
     call("train", *run, "--steps", 5, cwd=tmp_path)
     call("train", "--resume", "--steps", 12, cwd=tmp_path)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "out")
-    for kind in ("model", "ema"):
-        for name, tensor in whole[kind].items():
-            assert torch.equal(tensor, parts[kind][name]), (kind, name)
+    helpers.assert_same_weights(tmp_path / "whole", tmp_path / "out")
+    whole = state(tmp_path / "whole")
     assert torch.equal(whole["ema"]["own.running_mean"], whole["model"]["own.running_mean"])
     assert whole["ema"]["own.running_mean"].abs().max() > 0
     out, _ = call("sample", "--class-id", 0, "--steps", 2, cwd=tmp_path)
@@ -387,18 +369,7 @@ def test_the_network_is_run_once_a_step_and_on_its_own_device_alone(use, picture
     assert model.TABLES[0].device.type == "cpu" and model.CALLS.count(True) == 3
 
 
-# Paths, and what to type
-
-
-def test_the_home_folder_may_be_a_tilde(pictures, tmp_path, monkeypatch):
-    shutil.copytree(pictures, tmp_path / "pictures")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    run = ["--dataset=~/pictures", "--out-dir=~/run", "--steps"]
-    call("train", *FEW, *run, 1, cwd=tmp_path)
-    call("train", "--resume", *run, 2, cwd=tmp_path)
-    call("sample", "--checkpoint=~/run", "--class-id", 0, "--steps", 1, cwd=tmp_path)
-    assert not (tmp_path / "~").exists()
+# What is printed
 
 
 def test_names_that_a_terminal_cannot_show_are_escaped(monkeypatch):

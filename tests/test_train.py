@@ -6,7 +6,7 @@ from support import checkpoint
 
 import pytest
 import torch
-from helpers import FEW, POSIX, SMALL, call, opened, refused, rows, save, solid, state
+from helpers import FEW, POSIX, SMALL, call, files, opened, refused, rows, save, solid, state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,12 +16,6 @@ from train import rectified_flow_loss
 
 COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "images_per_second", "seconds"]
 NAMES = ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]
-
-
-def files(folder):
-    """{path: content} of a folder, without the lock, which is there or not."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and ".lock" not in path.name]
-    return {path: path.read_bytes() for path in paths}
 
 
 # A run
