@@ -6,8 +6,8 @@
 - Optional convolutions before and after the transformer, which draw detail and hide the seams
   between patches (after Chen et al. 2025, arXiv 2511.18822).
 - Learned position embeddings.
-- QK-norm (Henry et al. 2020, arXiv 2010.04245), by layer norm.
-- No dropout, and no parameters in the norms: adaLN scales the tokens instead.
+- QK-norm (Henry et al. 2020, arXiv 2010.04245), by layer norm, with a learned scale per head.
+- No dropout, and no parameters in the norms themselves: adaLN scales the tokens instead.
 
 Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
 each of the H attention heads is D numbers wide, and H * D = dim.
@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 
-# v = (z_t - x) / t magnifies an error in x by 1/t, so training draws no t below this. Sampling may
-# go lower: to the network, every smaller t looks like this one.
+# v = (z_t - x) / t magnifies an error in x by 1/t, so training clamps t to at least this. Sampling
+# may go lower: to the network, every smaller t looks like this one.
 MIN_T = 0.05
 
 

@@ -10,8 +10,8 @@
 Prints the paths of the grid and of the animation. Without --output, the grid goes to
 samples/class-<ids>-seed-<seed>.png, or to a longer name if further flags decide what is in it.
 --save-images DIR also writes each picture, as DIR/<class name>/<n>.png; DIR must be new, or empty.
---cfg-scale is the guidance: by default the model's own, usually 3; 1 disables it. --eta goes from
-0, the default, for no fresh noise to 1, as in DDPM.
+--cfg-scale is the guidance: by default the model's own, usually 3; 1 disables it. --eta is 0 for no
+fresh noise, the default, and up to 1 for as much as in DDPM.
 """
 
 import math
@@ -46,8 +46,8 @@ def euler_states(model, class_ids, steps, cfg_scale, noise, eta=0, generator=Non
         z <- z - v / steps                   at t = 1, 1 - 1/steps, ..., 1/steps
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
-    class_ids: (B,) int64. noise: (B,3,S,S), standard normal. eta: how much of the noise is renewed
-    after each step, from 0 for none to 1; the fresh noise comes from the generator. Yields z
+    class_ids: (B,) int64. noise: (B,3,S,S), standard normal. eta: how much fresh noise comes in
+    after each step, drawn from the generator: from 0 for none to 1, as much as in DDPM. Yields z
     (B,3,S,S) at the start and after every step; the last is x, about -1 to 1 and not clamped. The
     network runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
     """
@@ -95,14 +95,14 @@ def renew_noise(z, t, v, dt, eta, generator):
 def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
-    Yields, for each batch, what euler_states does: an iterator to be used up before the next. The
-    default guidance is the model's own. With eta > 0, pictures also depend on how many are sampled
-    together.
+    Yields, for each batch, what euler_states does: an iterator, to be used up before the next, as
+    they share a generator. The default guidance is the model's own. With eta > 0, pictures also
+    depend on how many are sampled together.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
     device = next(model.parameters()).device
-    network = autocast(device)(model)  # the model, called in that context
+    network = autocast(device)(model)  # calls the model in that context, and has its attributes
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +157,7 @@ def parse_flags(arguments):
     parser.add_argument("--checkpoint", default="out", metavar="MODEL", help="a folder or a Hub id")
     parser.add_argument("--steps", type=number(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
     parser.add_argument("--cfg-scale", type=number(float), metavar="W", help="guidance")
-    parser.add_argument("--eta", type=number(float, 0, 1), help="share of the noise to renew")
+    parser.add_argument("--eta", type=number(float, 0, 1), help="fresh noise: 0 none, 1 as in DDPM")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")

@@ -35,8 +35,8 @@ import sample
 from data.images import load_dataset
 from model import MIN_T, DiT
 
-# Names that are no settings even if upper-case: those above, except what this file itself has
-# assigned, if a notebook runs it a second time.
+# Not settings: upper-case imports, such as MIN_T. (If a notebook runs this file again, its own
+# constants are there already, and do not count.)
 imported = globals().keys() - globals().get("SETTINGS", {}).keys()
 
 # --- input and output ---
@@ -158,9 +158,9 @@ def micro_batches(batch, rank, world_size):
 
 
 def held_out(labels):
-    """Which pictures are for validation: a mask (N,) of every twentieth, counted through all
-    classes of at least four pictures; of very many, about 1,000. Others keep theirs for training.
-    """
+    """Which pictures are for validation: a mask (N,) of every twentieth, in the order of classes,
+    or of fewer where that would be more than about 1,000. Classes of fewer than four pictures keep
+    theirs for training."""
     counts = labels.bincount()
     by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
     candidates = by_class[counts[labels[by_class]] >= 4]
@@ -171,8 +171,8 @@ def held_out(labels):
 
 @torch.no_grad()
 def validation_loss(model, images, labels, val_ids, times=EVAL_T):
-    """Mean loss over those of the uint8 images (N,3,S,S) and over times, as a float. The noise is
-    always the same, so that the losses of two runs can be compared."""
+    """Mean loss over the pictures images[val_ids], uint8 (N,3,S,S), and over times, as a float. The
+    noise is always the same, so that the losses of two runs can be compared."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     total = 0.0
@@ -188,8 +188,8 @@ def validation_loss(model, images, labels, val_ids, times=EVAL_T):
 
 
 def learning_rate_factor(step):
-    """Of each group's own learning rate: linear warmup, then 1, then a linear decay that would
-    reach zero after step STEPS."""
+    """The factor on each group's own learning rate: linear warmup, then 1, then a linear decay that
+    would reach zero after step STEPS."""
     warmup_steps = max(1, min(WARMUP_STEPS, STEPS // 10))
     decay_steps = max(1, DECAY_SHARE * STEPS)
     return min(1, step / warmup_steps, (STEPS + 1 - step) / decay_steps)
@@ -253,8 +253,8 @@ def apply_settings(options, flags):
         changed = {**saved, **flags}
     globals().update(changed, OUT_DIR=str(out))
     values = {name: globals()[name] for name in SETTINGS}
-    settings.check_limits(values)
-    globals().update(values)  # 1e4 has become 10000
+    settings.check_limits(values)  # which also turns 1e4 into 10000
+    globals().update(values)
     if not state and "overwrite" not in options:
         if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
             raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
@@ -291,7 +291,7 @@ def train(state, init_from):
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
     train_ids = (~is_val).nonzero().flatten()
-    # If there are too few of each class to hold any out, the loss is of what is trained on.
+    # If no class is large enough to hold any out, the "held-out" loss is of training pictures.
     val_ids = is_val.nonzero().flatten() if is_val.any() else train_ids[:1000]
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
@@ -317,7 +317,7 @@ def train(state, init_from):
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
     print_once(f"{len(images)} pictures, {is_val.sum()} of them held out")
-    print_once(f"each picture is seen about {STEPS * BATCH_SIZE / len(images):.1f} times")
+    print_once(f"each of the others is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
     pays = machine.compiling_pays(device, parameters * len(model.positions) * BATCH_SIZE * STEPS)
     if COMPILE == "on" or (COMPILE == "auto" and pays):
@@ -351,7 +351,7 @@ def train(state, init_from):
         for step in range(steps_done + 1, STEPS + 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * learning_rate_factor(step)
-            # For layers that you may add, such as dropout.
+            # For layers that you may add, such as dropout: a resumed run draws the same.
             torch.manual_seed(SEED + step * world_size + rank)
 
             # The gradients of the parts, in all processes, add up to that of the whole batch.
@@ -379,7 +379,7 @@ def train(state, init_from):
             stop = len(signals) > 0
             if world_size > 1:
                 dist.all_reduce(step_loss)
-                stops = torch.tensor(int(stop))
+                stops = torch.tensor(int(stop))  # on the CPU, not to wait for a GPU
                 dist.all_reduce(stops)
                 stop = stops.item() > 0
             losses.append(step_loss)
@@ -394,7 +394,8 @@ def train(state, init_from):
                     hint = f"{resume} --learning-rate {LEARNING_RATE / 2:g}"
                     raise UserError(f"the loss is not finite at step {step}: try {hint}")
 
-            # Evaluate, and add a row to the log.
+            # Evaluate the averaged weights at fixed t, and add a row to the log. Its two losses are
+            # of different t: each compares only with itself.
             if evaluate:
                 speed = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
                 losses = []
