@@ -97,7 +97,7 @@ SETTINGS = {
 PRESETS = {
     # The drawn butterflies, and a network that two CPU cores train in three minutes.
     "laptop": "--dataset drawn --steps 2600 --batch-size 16 --dim 96 --heads 3 --conv-dim 0 "
-    "--learning-rate 3e-3 --decay-share 0.4 --ema-decay 0.998 --sample-every 400"
+    "--learning-rate 3e-3 --decay-share 0.4 --ema-decay 0.998 --sample-every 300"
 }
 
 # The settings that are arguments of DiT(): if you give it a new one, add the constant here.
