@@ -55,7 +55,7 @@ def find_pictures(folder):
         name, pictures = folders.popitem()
         root = root / name
 
-    # A .jsonl is never read; but passing it over would leave the pictures without labels.
+    # A .jsonl has no columns, so it is refused; passing it over would lose the labels.
     tables = [path for path in others if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
     if tables and pictures:
         return by_table(tables, pictures, passed_over), passed_over
@@ -68,7 +68,7 @@ def walk(folder, passed_over, parents=()):
     back to one of them."""
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
-    splits = {split_of(path.name): path for path in paths if path.is_dir()}
+    splits = {split_of(path.name): path for path in sorted(paths) if path.is_dir()}
     paired = {split.replace("*test", "*train") for split in splits if "*test" in split}
     train = splits.get(min(splits.keys() & paired, default=None))  # rather than train_masks
     for path in sorted(paths, key=lambda path: path.name):

@@ -61,7 +61,7 @@ def load_images(folder, image_size):
     ordered by class. What is passed over is named once, on stderr. Raises UserError if a class has
     no picture, or if the folder can be read in two ways.
     """
-    return load_dataset(str(Path(folder).absolute()), image_size)
+    return load_dataset(str(Path(folder).expanduser().absolute()), image_size)
 
 
 def load_packed(path, image_size):

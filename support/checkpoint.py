@@ -42,7 +42,7 @@ def write_beside(path, write):
 
 def save_picture(image, path, **options):
     """Write a PIL image as write_beside does; the suffix of the path is its format."""
-    write_beside(path, lambda beside: image.save(beside, path.suffix[1:], **options))
+    write_beside(path, lambda beside: image.save(beside, **options))
 
 
 # One run a folder
@@ -105,7 +105,7 @@ def load_state(path):
     """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("log", "step", "settings", *state)}
+        return {name: state[name] for name in ("log", "optimizer_is", "settings", *state)}
     except Exception as error:  # a damaged file may raise anything
         message = f"{path} is missing, damaged, or no state of a run"
         raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error

@@ -104,12 +104,12 @@ def stop_signals():
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if received and number == signal.SIGINT and not torchrun:
+        received.append(number)
+        if len(received) > 1 and number == signal.SIGINT and not torchrun:
             raise KeyboardInterrupt
-        if not received:
+        if len(received) == 1:
             then = "" if torchrun else "; press Ctrl-C again to stop now, without saving"
             os.write(2, f"\nstopping after this step{then}\n".encode())
-        received.append(number)
 
     with contextlib.ExitStack() as at_the_end:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

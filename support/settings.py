@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-# {name: (kind, lowest, highest)}. A constant that is not listed has no limits.
 KINDS = {int: "whole number", float: "number"}
 MANY = 10**12
+# {name: (kind, lowest, highest)}. A constant that is not listed has no limits.
 AT_LEAST_1 = "IMAGE_SIZE PATCH_SIZE DIM DEPTH HEADS STEPS BATCH_SIZE ACCUMULATE LOG_EVERY "
 AT_LEAST_1 += "EVAL_EVERY SAMPLE_EVERY CHECKPOINT_EVERY"
 LIMITS = dict.fromkeys(AT_LEAST_1.split(), (int, 1, MANY))
