@@ -93,19 +93,19 @@ def split_of(name):
 
 def by_table(tables, pictures, passed_over):
     """{label: paths} of the pictures, from the one table that has labels for training."""
-    usable = [path for path in tables if "*test" not in split_of(path.stem) and read_labels(path)]
+    known = {path: read_labels(path) for path in tables if "*test" not in split_of(path.stem)}
+    usable = [path for path in known if known[path]]
     if len(usable) != 1:
         wanted = "columns such as filename (file, path, image, id) and label (class, species)"
         raise UserError(f"{', '.join(map(str, tables))}: keep one table, with {wanted}, or none")
-    table, classes = usable[0], defaultdict(list)
-    labels = read_labels(table)
+    table, labels, classes = usable[0], known[usable[0]], defaultdict(list)
     for path in pictures:
         label = labels.get(path.name, labels.get(path.stem))
         if label is None:
             raise UserError(f"{table} has no label for {path}: add a row, or move the picture away")
         classes[label].append(path)
     passed_over[table.suffix.lower()] -= 1
-    passed_over[f"in {table.name} without a picture"] += len(labels) - len(pictures)
+    passed_over[f"in {table.name} without a picture"] += max(0, len(labels) - len(pictures))
     print_once(f"labels from {table}")
     return dict(sorted(classes.items()))
 
