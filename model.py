@@ -77,11 +77,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q = self.scale * norm(q)
-        k = norm(k)
-        v = v.contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
+        q, k, v = self.qkv(x).chunk(3, dim=2)  # each (B, T, dim)
+        q, k, v = (part.unflatten(2, (self.heads, -1)) for part in (q, k, v))  # (B, T, H, D)
+        # The norms come before the transpositions: compiled, a step is a tenth faster this way.
+        q = (self.scale[:, 0] * norm(q)).transpose(1, 2)  # (B, H, T, D)
+        k = norm(k).transpose(1, 2)
+        v = v.transpose(1, 2).contiguous()  # on MPS a permuted v gave wrong values (pytorch#181133)
         x = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, dim)
         return self.out(x)
 
