@@ -22,7 +22,7 @@ from pathlib import Path
 
 from support.checkpoint import save_picture
 from support.machine import autocast, pick_device
-from support.settings import UserError, command_line, new_parser, number, png_path, run_command
+from support.settings import UserError, command_line, limited, new_parser, png_path, run_command
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -106,7 +106,7 @@ def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=Non
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     # Drawn on the CPU, so that a seed means the same noise on every device.
     generator = torch.Generator().manual_seed(seed)
-    for y in class_ids.split(batch_size):
+    for y in torch.as_tensor(class_ids).split(batch_size):
         shape = (len(y), 3, model.image_size, model.image_size)
         noise = torch.randn(shape, generator=generator).to(device)
         yield euler_states(network, y.to(device), steps, cfg_scale, noise, eta, generator)
@@ -153,12 +153,12 @@ def parse_flags(arguments):
     which.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
     which.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
     which.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
-    parser.add_argument("--num-images", type=number(int, 1), metavar="N", help="of each class")
+    parser.add_argument("--num-images", type=limited(int, 1), metavar="N", help="of each class")
     parser.add_argument("--checkpoint", default="out", metavar="MODEL", help="a folder or a Hub id")
-    parser.add_argument("--steps", type=number(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
-    parser.add_argument("--cfg-scale", type=number(float), metavar="W", help="guidance")
-    parser.add_argument("--eta", type=number(float, 0, 1), help="fresh noise: 0 none, 1 as in DDPM")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise")
+    parser.add_argument("--steps", type=limited(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
+    parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help="guidance")
+    parser.add_argument("--eta", type=limited(float, 0, 1), help="fresh noise, from 0 to 1 (DDPM)")
+    parser.add_argument("--seed", type=limited(int, 0, 2**63 - 1), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
@@ -181,7 +181,7 @@ def find_class(name, class_names):
     Unicode's ways. Raises UserError if there is no such class, or several."""
     forms = [unicodedata.normalize("NFC", known).casefold() for known in (name, *class_names)]
     if forms[1:].count(forms[0]) != 1:
-        raise UserError(f'"{name}" is not the name of one class of this model: see --list-classes')
+        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes')
     return forms[1:].index(forms[0])
 
 

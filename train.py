@@ -45,7 +45,7 @@ OUT_DIR = "out"  # where checkpoints, the log and sample grids go
 EVAL_EVERY = 250  # steps between rows of log.csv, with the held-out loss
 SAMPLE_EVERY = 1000  # steps between grids in samples/
 CHECKPOINT_EVERY = 500  # steps between checkpoints: the most that a crash can cost
-LOG_EVERY = 10  # steps between losses on screen; each makes the CPU wait for the GPU
+LOG_EVERY = 10  # steps between losses on screen, each the mean since the last row of log.csv
 
 # --- data ---
 IMAGE_SIZE = 64  # pixels per side, after resizing and cropping; a multiple of PATCH_SIZE
@@ -214,7 +214,9 @@ def load_initial_weights(name, model):
     if trained.class_names != model.class_names:
         print_once(f"{name} has other classes: the class embeddings start from random values")
         weights["class_embedding.weight"] = model.class_embedding.weight
-    checkpoint.load_weights(model, weights, f"--init-from {name} has other sizes")
+    config = trained._hub_mixin_config
+    sizes = ", ".join(f"{size} {config.get(size.lower())}" for size in MODEL_SETTINGS)
+    checkpoint.load_weights(model, weights, f"--init-from: {name} has {sizes}; this run differs")
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -269,7 +271,7 @@ def main(arguments=None):
         options, flags = parse_flags(arguments)
         state = apply_settings(options, flags)
         if state and state["step"] >= STEPS:
-            print_once(f"{OUT_DIR} is finished; more --steps raise the learning rate again")
+            print_once(f"{OUT_DIR} is finished; with more --steps the learning rate rises again")
             return
         with checkpoint.the_only_run(Path(OUT_DIR)):
             train(state, options.get("init_from"))
@@ -317,7 +319,7 @@ def train(state, init_from):
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
     print_once(f"{len(images)} pictures, {is_val.sum()} of them held out")
-    print_once(f"each of the others is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
+    print_once(f"each picture trained on is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
     pays = machine.compiling_pays(device, parameters * len(model.positions) * BATCH_SIZE * STEPS)
     if COMPILE == "on" or (COMPILE == "auto" and pays):
@@ -341,7 +343,7 @@ def train(state, init_from):
         for file in [out / "log.csv", *out.glob("samples/step-*.png")]:  # of an overwritten run
             file.unlink(missing_ok=True)
         save_checkpoint(step=0)  # from here on --resume works
-    grid_classes = torch.arange(len(class_names))[:75]
+    grid_classes = range(len(class_names))[:75]
 
     # The loop
     resume = f"python train.py --resume --out-dir={shlex.quote(OUT_DIR)}"

@@ -72,8 +72,8 @@ def _draw(labels, randoms, image_size):
     hues = torch.tensor(list(HUES.values()))[colour][:, None, None]
     hue = hues + between(-0.02, 0.02, 13)
     saturation, value = between(0.75, 0.95, 14), between(0.78, 0.97, 15)
-    sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])
-    sizes = sizes[shape]  # (B, 2, 4)
+    # (B, 2, 4): angle, length, half width and taper of both wings.
+    sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])[shape]
     is_ = {name: (pattern == i)[:, None, None] for i, name in enumerate(PATTERNS)}
     tailed = (shape == list(SHAPES).index("tailed"))[:, None, None]
 

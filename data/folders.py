@@ -96,8 +96,8 @@ def by_table(tables, pictures, passed_over):
     known = {path: read_labels(path) for path in tables if "*test" not in split_of(path.stem)}
     usable = [path for path in known if known[path]]
     if len(usable) != 1:
-        wanted = "columns such as filename (file, path, image, id) and label (class, species)"
-        raise UserError(f"{', '.join(map(str, tables))}: keep one table, with {wanted}, or none")
+        wanted = "a column filename (or file, path, image, id) and one label (class, species)"
+        raise UserError(f"{', '.join(map(str, tables))}: one table is needed, with {wanted}")
     table, labels, classes = usable[0], known[usable[0]], defaultdict(list)
     for path in pictures:
         label = labels.get(path.name, labels.get(path.stem))
@@ -117,7 +117,7 @@ def read_labels(table):
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="", restval=""))
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{table} should be CSV in UTF-8: {error}") from error
+        raise UserError(f"{table} should be CSV in UTF-8 (Excel has both): {error}") from error
     columns = list(rows[0]) if rows else []
     file_column = find_column(FILE_COLUMNS, columns)
     label_column = find_column(LABEL_COLUMNS, columns)

@@ -97,7 +97,7 @@ def read_dataset(name, image_size):
         except UserError as error:
             raise UserError(f"{error}; try --preset laptop, or --dataset FOLDER") from error
     elif not folder.is_dir():
-        raise UserError(f"no such folder: {name} (an archive has to be unpacked first)")
+        raise UserError(f"no such folder: {name} (if it is an archive, unpack it)")
 
     classes, passed_over = find_pictures(folder) if folder.is_dir() else ({}, {})
     open_picture = Image.open

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as this script is in a folder
 
 from support.checkpoint import write_beside  # noqa: E402
-from support.settings import UserError, new_parser, number, run_command  # noqa: E402
+from support.settings import UserError, limited, new_parser, run_command  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -37,10 +37,10 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("source", help="a folder, or a Hub id such as you/pictures")
     parser.add_argument("path", type=Path, help="a new file, such as pictures.safetensors")
-    parser.add_argument("--image-size", type=number(int, 1), default=64, help="(%(default)s)")
+    parser.add_argument("--image-size", type=limited(int, 1), default=64, help="(%(default)s)")
     args = parser.parse_args()
     if args.path.suffix != ".safetensors" or args.path.exists():
-        raise UserError(f"{args.path} must be the name of a new file that ends with .safetensors")
+        raise UserError(f"{args.path} exists, or does not end with .safetensors: choose a new name")
 
     class_names, at_most, pictures = read_dataset(args.source, args.image_size)
     room = len(header(class_names, args.source, at_most, args.image_size))

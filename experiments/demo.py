@@ -21,7 +21,7 @@ import math
 import shlex
 
 from support.machine import pick_device
-from support.settings import UserError, new_parser, number, run_command
+from support.settings import UserError, limited, new_parser, run_command
 
 import torch
 from PIL import Image
@@ -115,7 +115,7 @@ def main():
     text = "a folder or a Hub id (default: %(default)s)"
     parser.add_argument("--checkpoint", default=CHECKPOINT, metavar="MODEL", help=text)
     text = "port of the page (default: %(default)s)"
-    port = number(int, 1, 65535)
+    port = limited(int, 1, 65535)
     parser.add_argument("--port", type=port, default=7860, metavar="N", help=text)
     text = "auto, cuda, mps or cpu (default: %(default)s)"
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)

@@ -11,7 +11,7 @@ It judges only the class. Whether wings are clean and outlines smooth it does no
 one rough but recognisable picture of each class, repeated, would score just as well.
 """
 
-from support.settings import UserError, new_parser, number, run_command
+from support.settings import UserError, limited, new_parser, run_command
 
 import torch
 import torch.nn as nn
@@ -87,15 +87,15 @@ def main():
     parser = new_parser(__doc__)
     text = "a folder with a model trained on the drawn butterflies, or a Hub id"
     parser.add_argument("checkpoint", help=text)
-    count = number(int, 1)
+    count = limited(int, 1)
     text = "samples of each of the 75 classes (default: %(default)s)"
     parser.add_argument("--num-images", type=count, default=4, metavar="N", help=text)
     text = "Euler steps (default: %(default)s)"
     parser.add_argument("--steps", type=count, default=DEFAULT_STEPS, metavar="N", help=text)
     text = "guidance (default: the model's own)"
-    parser.add_argument("--cfg-scale", type=number(float), metavar="W", help=text)
+    parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help=text)
     text = "seed of the noise (default: %(default)s)"
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help=text)
+    parser.add_argument("--seed", type=limited(int, 0), default=0, metavar="N", help=text)
     flags = parser.parse_args()
     model = DiT.from_pretrained(flags.checkpoint)
     drawings, classes, names = draw_butterflies(10, 64, seed=2)

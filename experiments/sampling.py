@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 
 from support.machine import autocast
-from support.settings import UserError, new_parser, number, run_command
+from support.settings import UserError, limited, new_parser, run_command
 
 import torch
 
@@ -125,9 +125,9 @@ def main():
     text = f"only these rows (default: all): {'; '.join(ROWS)}"
     parser.add_argument("--only", nargs="+", default=ROWS, choices=ROWS, metavar="ROW", help=text)
     text = "samples per class (default: %(default)s)"
-    parser.add_argument("--samples", type=number(int, 1), default=5, metavar="N", help=text)
+    parser.add_argument("--samples", type=limited(int, 1), default=5, metavar="N", help=text)
     text = "seeds of the noise (default: 0)"
-    whole = number(int, 0)
+    whole = limited(int, 0)
     parser.add_argument("--seeds", type=whole, nargs="+", default=[0], metavar="N", help=text)
     flags = parser.parse_args()
     model = DiT.from_pretrained(flags.checkpoint)

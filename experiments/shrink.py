@@ -8,7 +8,7 @@ To share it: hf upload you/butterflies assets/butterflies. (push_to_hub would do
 
 from pathlib import Path
 
-from support.settings import UserError, new_parser, number, run_command
+from support.settings import UserError, limited, new_parser, run_command
 
 from model import DiT
 
@@ -18,7 +18,7 @@ def main():
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("output", type=Path, help="a folder that does not exist yet")
     text = "the guidance that sample.py then uses by default (default: that of the run)"
-    parser.add_argument("--cfg-scale", type=number(float), metavar="W", help=text)
+    parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help=text)
     flags = parser.parse_args()
     if flags.output.exists():
         raise UserError(f"{flags.output} exists: choose another folder")

@@ -25,7 +25,7 @@ def pick_device(name):
     try:
         return torch.zeros(0, device=name).device
     except Exception as error:  # which one depends on the device, and on how torch was built
-        raise UserError(f'no DEVICE "{name}" here: choose auto, cuda, mps or cpu') from error
+        raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu') from error
 
 
 def to_device(tensors, device):

@@ -21,7 +21,7 @@ LIMITS["SEED"] = (int, 0, 2**63 - 1)
 CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
 
 # What the operating system says when a user's disk or folder is the cause, and not a bug.
-CANNOT_WRITE = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR".split()
+CANNOT_WRITE = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR EPIPE".split()
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
@@ -78,7 +78,7 @@ def command_line():
     return sys.argv[1:]
 
 
-def parse_number(text):
+def number(text):
     """An argparse type: an int if the value is whole (even 1e4), otherwise a float."""
     if text.lstrip("-").isdecimal():
         return int(text)
@@ -86,17 +86,17 @@ def parse_number(text):
     return int(value) if value.is_integer() else value
 
 
-def number(kind, lowest=-MANY, highest=MANY):
+def limited(kind, lowest=-MANY, highest=MANY):
     """A type for argparse: a finite number from lowest to highest; if kind is int, a whole one."""
 
-    def parse(text):
-        value = parse_number(text)
+    def number_in_range(text):
+        value = number(text)
         if not fits(value, kind, lowest, highest):
             limits = f"{KINDS[kind]} from {lowest} to {highest}"
             raise argparse.ArgumentTypeError(f"{text} is not a {limits}")
         return kind(value)
 
-    return parse
+    return number_in_range
 
 
 def png_path(text):
@@ -117,7 +117,7 @@ def add_setting_flags(parser, settings, source_file):
             groups[section] = parser.add_argument_group(section)
         flag = "--" + name.lower().replace("_", "-")
         text = f"{comment} (default: {default})".replace("%", "%%")  # % is special to argparse
-        options = {"type": str if isinstance(default, str) else parse_number, "metavar": ""}
+        options = {"type": str if isinstance(default, str) else number, "metavar": ""}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
         groups[section].add_argument(flag, dest=name, help=text, **options)

@@ -210,7 +210,7 @@ def test_a_folder_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
 def test_an_archive_has_to_be_unpacked(tmp_path):
     for name in ("d.zip", "d.tar.gz", "d.rar"):
         (tmp_path / name).write_bytes(b"PK")
-        with pytest.raises(UserError, match=f"{name} .an archive has to be unpacked"):
+        with pytest.raises(UserError, match=f"{name} .if it is an archive, unpack it"):
             load_dataset(str(tmp_path / name), 16)
 
 
@@ -276,13 +276,21 @@ def test_a_table_beside_class_folders_is_passed_over(tmp_path):
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
-    ("labels.csv", "photo,species\n0.jpg,a\n", "labels.csv: keep one table, with columns such as"),
-    ("m.csv", "file_name,text\n0.jpg,A fish.\n", "m.csv: keep one table"),
-    ("labels.csv", "filename,label\n", "labels.csv: keep one table"),  # no rows
-    ("labels.csv", "", "labels.csv: keep one table"),
-    ("test.csv", OF_TESTING, "test.csv: keep one table"),
-    ("x.csv y.csv", OF_TESTING, "x.csv, .*y.csv: keep one table"),
-    ("metadata.jsonl", '{"file_name": "0.jpg", "label": 1}\n', "metadata.jsonl: keep one table"),
+    (
+        "labels.csv",
+        "photo,species\n0.jpg,a\n",
+        "labels.csv: one table is needed, with a column filename",
+    ),
+    ("m.csv", "file_name,text\n0.jpg,A fish.\n", "m.csv: one table is needed"),
+    ("labels.csv", "filename,label\n", "labels.csv: one table is needed"),  # no rows
+    ("labels.csv", "", "labels.csv: one table is needed"),
+    ("test.csv", OF_TESTING, "test.csv: one table is needed"),
+    ("x.csv y.csv", OF_TESTING, "x.csv, .*y.csv: one table is needed"),
+    (
+        "metadata.jsonl",
+        '{"file_name": "0.jpg", "label": 1}\n',
+        "metadata.jsonl: one table is needed",
+    ),
     ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv should be CSV in UTF-8"),
     ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv should be CSV in UTF-8"),
     ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv has no label for .*0.jpg"),

@@ -204,7 +204,7 @@ def test_a_packed_file_is_the_same_data_set_bit_for_bit(tmp_path, pictures):
     assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
     assert names == same_names
     line = refused("data.pack", "d", file, *flags, cwd=tmp_path)
-    assert "must be the name of a new file" in line
+    assert "choose a new name" in line
 
 
 def test_packing_passes_over_what_cannot_be_read(tmp_path, capsys):

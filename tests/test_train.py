@@ -59,7 +59,7 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
         weight.numel() for weight in DiT.from_pretrained(tmp_path / "out").parameters()
     )
     assert f"{parameters / 1e6:.2f} M parameters, on cpu in fp32" in out
-    assert "each of the others is seen 0.4 times" in out
+    assert "each picture trained on is seen 0.4 times" in out
     assert "2/2" in err  # the bar counts steps
 
 
@@ -240,7 +240,7 @@ def test_other_classes_get_new_class_embeddings_and_it_says_so(trained, tmp_path
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--dim", 32], ["--init-from", "sizes", "size mismatch"]),
+        (["--dim", 32], ["--init-from", "DIM 16", "this run differs"]),
         (["--init-from", "nowhere"], ["no model in nowhere"]),
         (["--resume"], ["--init-from", "--resume"]),
     ],
