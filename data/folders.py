@@ -117,7 +117,7 @@ def read_labels(table):
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="", restval=""))
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{table} should be CSV in UTF-8 (Excel has both): {error}") from error
+        raise UserError(f"{table} should be CSV in UTF-8 (in Excel: CSV UTF-8): {error}") from error
     columns = list(rows[0]) if rows else []
     file_column = find_column(FILE_COLUMNS, columns)
     label_column = find_column(LABEL_COLUMNS, columns)

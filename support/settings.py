@@ -20,7 +20,7 @@ LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), (float, -MANY, MANY))
 LIMITS["SEED"] = (int, 0, 2**63 - 1)
 CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
 
-# What the operating system says when a user's disk or folder is the cause, and not a bug.
+# What the operating system says when a user's disk, folder or pipe is the cause, and not a bug.
 CANNOT_WRITE = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EEXIST ENOTDIR EISDIR EPIPE".split()
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")

@@ -416,7 +416,7 @@ FAULTS = [
     RuntimeError("DefaultCPUAllocator: not enough memory"),  # on Windows
     lambda *arguments: torch.empty(2**60),  # what this machine says
 ]
-for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR"):
+for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOTDIR", "EISDIR", "EPIPE"):
     FAULTS.append(OSError(getattr(errno, name), name, "out/grid.png"))
 
 
