@@ -9,21 +9,30 @@
 - QK-norm (Henry et al. 2020, arXiv 2010.04245), by layer norm, with a learned scale per head.
 - No dropout, and no parameters in the norms themselves: adaLN scales the tokens instead.
 
+This file needs torch and huggingface_hub alone: copy it into a project of your own.
+
 Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
 each of the H attention heads is D numbers wide, and H * D = dim.
 """
 
-from support import hub
-from support.settings import UserError, check_limits
+import contextlib
+import inspect
+import json
+import re
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 
 # v = (z_t - x) / t magnifies an error in x by 1/t, so training clamps t to at least this. Sampling
 # may go lower: to the network, every smaller t looks like this one.
 MIN_T = 0.05
+
+
+class NetworkError(ValueError):
+    """Sizes, a config or weights that do not make a network."""
 
 
 def norm(x):
@@ -111,7 +120,21 @@ def timestep_features(t):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=hub.CARD):
+def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):
+    """Raise NetworkError, with the numbers, if there is no DiT of these sizes."""
+    for name, size in list(locals().items()):
+        least = 0 if name == "conv_dim" else 1
+        if not isinstance(size, int) or size < least:
+            raise NetworkError(f"{name} is {size!r}, not a whole number from {least}")
+    if image_size % patch_size:
+        raise NetworkError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    if dim % heads:
+        raise NetworkError(f"dim {dim} is not a multiple of heads {heads}")
+    if conv_dim > 0 and patch_size % 2:
+        raise NetworkError(f"conv_dim {conv_dim} needs an even patch_size, not {patch_size}")
+
+
+class DiT(nn.Module, PyTorchModelHubMixin):
     """A diffusion transformer that returns the velocity v = eps - x of a rectified flow.
 
     The arguments are JSON-serialisable, and are what config.json holds:
@@ -121,11 +144,11 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=hub.CARD):
     depth: number of blocks.
     heads: attention heads in each block.
     class_names: one string per class, in the order of the class ids.
-    dataset: where the pictures came from; only the model card shows it.
+    dataset: where the pictures came from, for whoever reads config.json.
     cfg_scale: the guidance that suits this network; sample.py uses it unless told otherwise.
     conv_dim: channels of the convolutions before and after the blocks; 0 for a plain DiT.
 
-    Raises UserError if the sizes or the class names are impossible.
+    Raises NetworkError, a ValueError, if the sizes or the class names are impossible.
     """
 
     def __init__(
@@ -141,17 +164,15 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=hub.CARD):
         conv_dim=0,
     ):
         super().__init__()
-        sizes = {"IMAGE_SIZE": image_size, "PATCH_SIZE": patch_size, "DIM": dim, "DEPTH": depth}
-        check_limits({**sizes, "HEADS": heads, "CONV_DIM": conv_dim, "CFG_SCALE": cfg_scale})
-        if conv_dim > 0 and patch_size % 2:
-            raise UserError(f"CONV_DIM {conv_dim} needs an even PATCH_SIZE, not {patch_size}")
+        check_sizes(image_size, patch_size, dim, depth, heads, conv_dim)
         if not class_names or not all(isinstance(name, str) for name in class_names):
-            raise UserError("class_names must be a list with one string per class")
+            raise NetworkError("class_names must be a list with one string per class")
+        if not isinstance(cfg_scale, (int, float)):
+            raise NetworkError(f"cfg_scale is {cfg_scale!r}, not a number")
         self.image_size = image_size
         self.class_names = list(class_names)
         self.dataset = dataset
         self.cfg_scale = cfg_scale
-        self.folder = None  # the one that it was loaded from, for the model card
         self.num_classes = len(class_names)  # also the id of the null class: "no class given"
 
         # A plain DiT cuts the pixels themselves into patches, and its final layer draws each patch
@@ -228,21 +249,58 @@ class DiT(nn.Module, PyTorchModelHubMixin, model_card_template=hub.CARD):
         # t, ends at the predicted x.
         return (z.float() - x.float()) / t.float()[:, None, None, None]
 
-    # A trained network in a folder or on the Hub: DiT.from_pretrained("out"), .push_to_hub(...).
+    # A trained network in a folder, or on the Hub: what save_pretrained("mine") or, by the mixin,
+    # push_to_hub("you/mine") has written, DiT.from_pretrained reads.
+
+    @property
+    def config(self):
+        """The arguments that it was made with, as config.json holds them. You may have changed some
+        of its attributes since."""
+        changed = {name: getattr(self, name) for name in ("class_names", "dataset", "cfg_scale")}
+        return {**self._hub_mixin_config, **changed}
+
+    def save_pretrained(self, save_directory, config=None, **options):
+        """Write config.json, model.safetensors and a README.md into a folder: see the mixin."""
+        return super().save_pretrained(save_directory, config=config or self.config, **options)
 
     @classmethod
     def from_pretrained(cls, checkpoint, **options):
-        """The network in a folder or at a Hub id, ready to sample from: see hub.load_network."""
-        return hub.load_network(cls, checkpoint, **options)
+        """The network in a folder, such as "out", or at a Hub id, such as "you/butterflies", in
+        evaluation mode.
 
-    def _save_pretrained(self, save_directory):
-        for name in ("class_names", "dataset", "cfg_scale"):  # you may have changed them
-            self._hub_mixin_config[name] = getattr(self, name)
-        super()._save_pretrained(save_directory)
-        grid = hub.newest_grid(self.folder)
-        if grid:  # for the card
-            (save_directory / "grid.png").write_bytes(grid.read_bytes())
+        options: arguments of the network, which then override config.json, as cfg_scale=2.0 does;
+        and arguments of huggingface_hub.snapshot_download, such as revision or token. Raises
+        NetworkError if there is no network, or if its files are damaged or those of another one.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        overrides = {name: options.pop(name) for name in parameters if name in options}
+        inspect.signature(snapshot_download).bind(checkpoint, **options)  # or a TypeError
 
-    def generate_model_card(self, **kwargs):
-        """The README.md that save_pretrained and push_to_hub write beside the weights."""
-        return super().generate_model_card(**hub.card_facts(self), **kwargs)
+        folder = Path(checkpoint).expanduser()
+        if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
+            with refusing(f"cannot download {checkpoint} from the Hub", Exception):  # any library's
+                files = ["config.json", "model.safetensors"]
+                folder = Path(snapshot_download(checkpoint, allow_patterns=files, **options))
+        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+        if not config_file.is_file():
+            raise NetworkError(f"no model in {checkpoint}: it has no config.json")
+
+        problem = f"{config_file} is not the config of a {cls.__name__}"
+        with refusing(problem, OSError, ValueError, TypeError, RecursionError):
+            config = {**json.loads(config_file.read_text("utf-8")), **overrides}
+            inspect.signature(cls.__init__).bind(None, **config)  # a TypeError if the names differ
+        with refusing(config_file, NetworkError):
+            network = cls(**config)
+        with refusing(f"{weights_file} is damaged, or does not fit", Exception):
+            # The mixin's own, as it knows of weights that layers share.
+            cls._load_as_safetensor(network, weights_file, "cpu", strict=True)
+        return network.eval()
+
+
+@contextlib.contextmanager
+def refusing(problem, *errors):
+    """Turn such errors, which a foreign file raises, into a NetworkError that says the problem."""
+    try:
+        yield
+    except errors as error:
+        raise NetworkError(f"{problem}: {str(error)[:200]}") from error

@@ -20,15 +20,16 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+from support import settings
 from support.checkpoint import save_picture
 from support.machine import autocast, pick_device
-from support.settings import UserError, command_line, limited, new_parser, png_path, run_command
+from support.settings import UserError, limited, png_path
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from model import DiT
+from model import DiT, NetworkError
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths bend gently
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
@@ -38,49 +39,72 @@ GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below a
 # The method: how noise becomes a picture.
 
 
-@torch.no_grad()
-def euler_states(model, class_ids, steps, cfg_scale, noise, eta=0, generator=None):
-    """Integrate dz/dt = v from noise (t = 1) to data (t = 0), with classifier-free guidance.
+def guided(model, class_ids, cfg_scale):
+    """The velocity with classifier-free guidance, a function (z, t) -> v, which a solver follows.
 
         v = v_null + w (v_class - v_null)    w = cfg_scale
-        z <- z - v / steps                   at t = 1, 1 - 1/steps, ..., 1/steps
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
-    class_ids: (B,) int64. noise: (B,3,S,S), standard normal. eta: how much fresh noise comes in
-    after each step, drawn from the generator: from 0 for none to 1, as much as in DDPM. Yields z
-    (B,3,S,S) at the start and after every step; the last is x, about -1 to 1 and not clamped. The
-    network runs once per step, on 2B pictures (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
+    class_ids: (B,) int64. z: (B,3,S,S); t: (B,). The network runs once at each call, on 2B pictures
+    (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
     """
-    z = noise
-    y = torch.as_tensor(class_ids, device=z.device)
-    y_null = torch.full_like(y, model.num_classes)
-    yield z
-    for step in range(steps):
-        t = torch.full((len(z),), 1 - step / steps, device=z.device)
+    class_ids = torch.as_tensor(class_ids)
+
+    def velocity(z, t):
+        y = class_ids.to(z.device)
         if cfg_scale == 1:
-            v = model(z, t, y)
-        else:
-            # With and without the class in one batch, which is faster than two calls.
-            v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
-            v_class, v_null = v_both.chunk(2)
-            v = v_null + cfg_scale * (v_class - v_null)
-        # An Euler step, against v: t falls by 1/steps, from noise towards data.
-        z = z - v / steps
+            return model(z, t, y)
+        # With and without the class in one batch, which is faster than two calls.
+        y_null = torch.full_like(y, model.num_classes)
+        v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
+        v_class, v_null = v_both.chunk(2)
+        return v_null + cfg_scale * (v_class - v_null)
+
+    return velocity
+
+
+@torch.no_grad()
+def euler_states(velocity, noise, times, eta=0, randn_like=torch.randn_like):
+    """Integrate dz/dt = v by Euler's method, and yield z at each of the times.
+
+        z <- z - (t - t_next) v(z, t)
+
+    velocity: a function (z, t) -> v of z (B, ...) and t (B,), such as guided(...). noise: z at the
+    first time, not changed in place. times: numbers that fall, such as those of uniform_times; from
+    0.5 on, say, for a picture that is half noise. eta: how much fresh noise comes in after each
+    step, from 0 for none to 1, as much as in DDPM; randn_like draws it. The last z, at t = 0, is x:
+    about -1 to 1, and not clamped.
+    """
+    times = [float(t) for t in times]
+    z = noise
+    yield z
+    for t, t_next in zip(times, times[1:]):
+        v = velocity(z, torch.full((len(z),), t, device=z.device))
+        z = z - (t - t_next) * v
         if eta > 0:
-            z = renew_noise(z, 1 - (step + 1) / steps, v, 1 / steps, eta, generator)
+            z = renew_noise(z, t_next, v, t - t_next, eta, randn_like(z))
         yield z
 
 
-def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, eta=0, generator=None):
-    """The end of euler_states, which has the same arguments: pictures x (B,3,S,S)."""
-    for z in euler_states(model, class_ids, steps, cfg_scale, noise, eta, generator):
+def sample_conditional_cfg(
+    model, class_ids, steps, cfg_scale, noise, eta=0, randn_like=torch.randn_like
+):
+    """Pictures x (B,3,S,S) of the classes (B,), from noise (B,3,S,S), by steps of equal length from
+    t = 1 to 0, with guidance. The arguments are those of guided and euler_states."""
+    velocity = guided(model, class_ids, cfg_scale)
+    for z in euler_states(velocity, noise, uniform_times(steps), eta, randn_like):
         pass
     return z
 
 
-def renew_noise(z, t, v, dt, eta, generator):
-    """Replace part of the noise in z_t by fresh noise, after an Euler step from t + dt to t by the
-    velocity v. This also washes out errors of earlier steps.
+def uniform_times(steps):
+    """The times 1 (noise), 1 - 1/steps, ..., 0 (data)."""
+    return [1 - step / steps for step in range(steps + 1)]
+
+
+def renew_noise(z, t, v, dt, eta, new_eps):
+    """Replace part of the noise in z_t by fresh noise new_eps, after an Euler step from t + dt to t
+    by the velocity v. This also washes out errors of earlier steps.
 
     eta = 0 keeps all noise. eta = 1 replaces as much as going from t to t + dt would, from data
     towards noise: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv 2010.02502.
@@ -88,28 +112,49 @@ def renew_noise(z, t, v, dt, eta, generator):
     eps = z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
     correlation = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of the noise at t and at t + dt
     fresh = eta * math.sqrt(1 - correlation**2)
-    new_eps = torch.randn(z.shape, generator=generator).to(z.device)
     return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * new_eps - eps)
+
+
+# Which noise: a picture depends on its seed and its place, not on what is drawn beside it.
+
+
+def stream(seed, number):
+    """The seed of a random generator for one of many things, such as the picture at a place, or a
+    training step. Neighbouring seeds share no stream. A CPU's generator takes 32 bits."""
+    return (seed * 1_000_003 + number) % 2**32
+
+
+def randn_like_of_places(seed, places):
+    """A function like torch.randn_like, for pictures at these places (whole numbers): each has a
+    generator of its own, on the CPU, so that it gets the same noise in any batch and on any device.
+    """
+    generators = [torch.Generator().manual_seed(stream(seed, place)) for place in places]
+
+    def randn_like(z):
+        noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(noise).to(z.device)
+
+    return randn_like
 
 
 def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
-    Yields, for each batch, what euler_states does: an iterator, to be used up before the next, as
-    they share a generator. The default guidance is the model's own. With eta > 0, pictures also
-    depend on how many are sampled together.
+    Yields, for each batch, what euler_states does. The default guidance is the model's own. The
+    noise of a picture depends on the seed and on its place among the class ids alone.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
     device = next(model.parameters()).device
-    network = autocast(device)(model)  # calls the model in that context, and has its attributes
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
-    # Drawn on the CPU, so that a seed means the same noise on every device.
-    generator = torch.Generator().manual_seed(seed)
-    for y in torch.as_tensor(class_ids).split(batch_size):
+    class_ids = torch.as_tensor(class_ids)
+    for start in range(0, len(class_ids), batch_size):
+        y = class_ids[start : start + batch_size].to(device)
+        velocity = autocast(device)(guided(model, y, cfg_scale))  # calls it in that context
+        randn_like = randn_like_of_places(seed, range(start, start + len(y)))
         shape = (len(y), 3, model.image_size, model.image_size)
-        noise = torch.randn(shape, generator=generator).to(device)
-        yield euler_states(network, y.to(device), steps, cfg_scale, noise, eta, generator)
+        noise = randn_like(torch.empty(shape, device=device))
+        yield euler_states(velocity, noise, uniform_times(steps), eta, randn_like)
 
 
 def generate(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
@@ -148,7 +193,7 @@ def save_gif(frames, path):
 
 
 def parse_flags(arguments):
-    parser = new_parser(__doc__)
+    parser = settings.new_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
     which.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
@@ -158,12 +203,22 @@ def parse_flags(arguments):
     parser.add_argument("--steps", type=limited(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
     parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help="guidance")
     parser.add_argument("--eta", type=limited(float, 0, 1), help="fresh noise, from 0 to 1 (DDPM)")
-    parser.add_argument("--seed", type=limited(int, 0, 2**63 - 1), default=0, help="of the noise")
+    parser.add_argument(
+        "--seed", type=limited(int, 0, settings.MAX_SEED), default=0, help="of the noise"
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
-    return parser.parse_args(command_line() if arguments is None else arguments)
+    return parser.parse_args(settings.command_line() if arguments is None else arguments)
+
+
+def load_network(checkpoint):
+    """The network in a folder or at a Hub id, for a script. Raises UserError if there is none."""
+    try:
+        return DiT.from_pretrained(checkpoint)
+    except NetworkError as error:
+        raise UserError(error) from error
 
 
 def chosen_classes(flags, class_names):
@@ -211,7 +266,7 @@ def folder_names(class_names):
 def main(arguments=None):
     """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
     flags = parse_flags(arguments)
-    model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
+    model = load_network(flags.checkpoint).to(pick_device(flags.device))
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(model.class_names)))
         return
@@ -247,4 +302,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    run_command(main, if_out_of_memory="lower MAX_BATCH in sample.py")
+    settings.run_command(main, if_out_of_memory="lower MAX_BATCH in sample.py")

@@ -13,15 +13,18 @@ columns filename and label; without one, it is a single class.
 
 import argparse
 import copy
+import inspect
 import json
 import math
 import shlex
 import signal
+import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 
-from support import checkpoint, machine, settings
+from support import checkpoint, hub, machine, settings
 from support.machine import autocast, to_device
 from support.settings import UserError, print_once
 
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 import sample
 from data.images import load_dataset
-from model import MIN_T, DiT
+from model import MIN_T, DiT, NetworkError
 
 # Not settings: upper-case imports, such as MIN_T. (If a notebook runs this file again, its own
 # constants are there already, and do not count.)
@@ -42,7 +45,7 @@ imported = globals().keys() - globals().get("SETTINGS", {}).keys()
 # --- input and output ---
 DATASET = "sayakpaul/butteflies_with_classes"  # a folder, a packed file, a Hub id, or "drawn"
 OUT_DIR = "out"  # where checkpoints, the log and sample grids go
-EVAL_EVERY = 250  # steps between rows of log.csv, with the held-out loss
+EVAL_EVERY = 500  # steps between rows of log.csv, with losses at fixed t
 SAMPLE_EVERY = 1000  # steps between grids in samples/
 CHECKPOINT_EVERY = 500  # steps between checkpoints: the most that a crash can cost
 LOG_EVERY = 10  # steps between losses on screen, each the mean since the last row of log.csv
@@ -100,9 +103,15 @@ PRESETS = {
     "--learning-rate 3e-3 --decay-share 0.4 --ema-decay 0.998 --sample-every 300"
 }
 
-# The settings that are arguments of DiT(): if you give it a new one, add the constant here.
-MODEL_SETTINGS = ("IMAGE_SIZE", "PATCH_SIZE", "DIM", "DEPTH", "HEADS", "CONV_DIM")
-EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the held-out loss is the mean over these t
+EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the t of the losses in log.csv
+
+# The constants that are arguments of DiT, such as DIM: give it a new one, and add a constant of the
+# same name above.
+MODEL_SETTINGS = [name.upper() for name in inspect.signature(DiT.__init__).parameters]
+MODEL_SETTINGS = [name for name in MODEL_SETTINGS if name in SETTINGS and name != "DATASET"]
+
+# What a resumed run can't change: its seed, and what its weights depend on.
+FIXED_SETTINGS = ["SEED", *(name for name in MODEL_SETTINGS if name != "CFG_SCALE")]
 
 
 # The method: what is learned, from which batches, at which rate.
@@ -133,9 +142,8 @@ def random_batch(images, labels, train_ids, num_classes, step):
     pictures x (B,3,S,S) in [-1, 1], class ids y (B,), of which some are num_classes, the null
     class, times t (B,) from MIN_T to 1, and noise (B,3,S,S).
     """
-    # Drawn on the CPU, so that every process and every kind of device has the same batch. The
-    # factor keeps runs with neighbouring seeds from sharing batches.
-    generator = torch.Generator().manual_seed((SEED * 1_000_003 + step) % 2**63)
+    # Drawn on the CPU, so that every process and every kind of device has the same batch.
+    generator = torch.Generator().manual_seed(sample.stream(SEED, step))
     indices = torch.randint(len(train_ids), (BATCH_SIZE,), generator=generator)
     flipped = torch.rand(BATCH_SIZE, generator=generator) < FLIP_SHARE
     dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROP
@@ -160,31 +168,35 @@ def micro_batches(batch, rank, world_size):
 def held_out(labels):
     """Which pictures are for validation: a mask (N,) of every twentieth, in the order of classes,
     or of fewer where that would be more than about 1,000. Classes of fewer than four pictures keep
-    theirs for training."""
+    theirs for training; if all are so small, those of a single one."""
     counts = labels.bincount()
+    least = 4 if counts.max() >= 4 else 2
     by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
-    candidates = by_class[counts[labels[by_class]] >= 4]
+    candidates = by_class[counts[labels[by_class]] >= least]
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[candidates[:: max(20, len(candidates) // 1000)]] = True
     return mask
 
 
 @torch.no_grad()
-def validation_loss(model, images, labels, val_ids, times=EVAL_T):
-    """Mean loss over the pictures images[val_ids], uint8 (N,3,S,S), and over times, as a float. The
-    noise is always the same, so that the losses of two runs can be compared."""
+def losses_at(times, model, images, labels, ids):
+    """The mean loss of the pictures images[ids] at each of the times, a list of floats; of no
+    pictures, nan. The noise is always the same, so that two runs can be compared.
+
+    images: uint8 (N,3,S,S); labels: (N,); ids: which of the N.
+    """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for ids in val_ids.split(sample.MAX_BATCH):
-        x = images[ids].float() / 127.5 - 1
-        for t_value in times:
-            noise = torch.randn(x.shape, generator=generator)
-            t = torch.full((len(x),), t_value)
-            batch = to_device((x, labels[ids], t, noise), device)
+    totals = torch.zeros(len(times), device=device)
+    for start in range(0, len(ids), BATCH_SIZE):
+        chosen = ids[start : start + BATCH_SIZE]
+        x = images[chosen].float() / 127.5 - 1
+        randn_like = sample.randn_like_of_places(0, range(start, start + len(x)))
+        for number, time_value in enumerate(times):
+            t = torch.full((len(x),), time_value)
+            batch = to_device((x, labels[chosen], t, randn_like(x)), device)
             with autocast(device, PRECISION):
-                total += rectified_flow_loss(model, *batch) * len(x)
-    return total.item() / (len(val_ids) * len(times))
+                totals[number] += rectified_flow_loss(model, *batch) * len(x)
+    return (totals / len(ids)).tolist()
 
 
 def learning_rate_factor(step):
@@ -206,17 +218,76 @@ def update_ema(ema, model, step):
         buffer.copy_(newest)
 
 
+def training_steps(network, ema, optimizer, images, labels, train_ids, first_step=1):
+    """The method: train until STEPS. Yields (step, loss, norm of the gradient) after each step, the
+    latter two as scalars on the device: to read them makes the CPU wait.
+
+    network: a DiT, which may be compiled, or wrapped by DistributedDataParallel. ema: its copy that
+    becomes the average. images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N. The loss
+    is the share of this process: the sum over all processes is the mean over the batch.
+    """
+    device = next(ema.parameters()).device
+    rank, world_size = machine.processes()
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+
+    for step in range(first_step, STEPS + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(step)
+        # For layers that you may add, such as dropout: a resumed run draws the same.
+        torch.manual_seed(sample.stream(SEED, step * world_size + rank))
+
+        # The gradients of the parts, in all processes, add up to that of the whole batch.
+        batch = random_batch(images, labels, train_ids, ema.num_classes, step)
+        parts = micro_batches(batch, rank, world_size)
+        step_loss = torch.zeros((), device=device)
+        for number, part in enumerate(parts, 1):
+            x, y, t, noise = to_device(part, device)
+            # DistributedDataParallel exchanges gradients in backward(): once a step is enough.
+            network.require_backward_grad_sync = number == len(parts)
+            with autocast(device, PRECISION):
+                loss = rectified_flow_loss(network, x, y, t, noise)
+            loss = loss * (len(x) / BATCH_SIZE)
+            (loss * world_size).backward()  # it averages over processes; this makes it a sum
+            step_loss += loss.detach()
+
+        gradient_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, network, step)
+        yield step, step_loss, gradient_norm
+
+
+# What is trained: a network and its optimizer.
+
+
+def make_network(class_names, dataset=""):
+    """A new network, of the sizes in the constants. Raises UserError if there is none."""
+    sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
+    try:
+        return DiT(class_names=class_names, dataset=dataset, **sizes)
+    except NetworkError as error:
+        listed = ", ".join(f"{name} {globals()[name]}" for name in MODEL_SETTINGS)
+        raise UserError(f"{error} (of {listed})") from error
+
+
+def make_optimizer(network):
+    """AdamW; the schedule is a factor on the learning rate of each of its groups."""
+    return torch.optim.AdamW(
+        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True
+    )
+
+
 def load_initial_weights(name, model):
     """Give `model` the weights of the trained network in a folder or at a Hub id; if its classes
     are others, the class embeddings stay random. Raises UserError if the sizes differ."""
-    trained = DiT.from_pretrained(name)
+    trained = sample.load_network(name)
     weights = trained.state_dict()
     if trained.class_names != model.class_names:
         print_once(f"{name} has other classes: the class embeddings start from random values")
         weights["class_embedding.weight"] = model.class_embedding.weight
-    config = trained._hub_mixin_config
-    sizes = ", ".join(f"{size} {config.get(size.lower())}" for size in MODEL_SETTINGS)
-    checkpoint.load_weights(model, weights, f"--init-from: {name} has {sizes}; this run differs")
+    sizes = ", ".join(f"{size} {trained.config.get(size.lower())}" for size in MODEL_SETTINGS)
+    checkpoint.load_into(model, weights, f"--init-from: {name} has {sizes}; this run differs")
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -248,19 +319,32 @@ def apply_settings(options, flags):
     out = Path(flags.get("OUT_DIR", OUT_DIR)).expanduser()
     if "resume" in options:
         state = checkpoint.load_state(out / "train_state.pt")
-        saved = {name: state["settings"].get(name, globals()[name]) for name in SETTINGS}
-        for name in (*MODEL_SETTINGS, "SEED"):
-            if flags.get(name, saved[name]) != saved[name]:
-                raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {flags[name]}")
-        changed = {**saved, **flags}
+        changed = resumed_settings(state, flags, out)
     globals().update(changed, OUT_DIR=str(out))
     values = {name: globals()[name] for name in SETTINGS}
     settings.check_limits(values)  # which also turns 1e4 into 10000
     globals().update(values)
+    make_network(["any"])  # refuses impossible sizes before pictures are read
     if not state and "overwrite" not in options:
         if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
             raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
     return state
+
+
+def resumed_settings(state, flags, out):
+    """The settings with which a run goes on: its own, but for constants that have been edited since
+    and for flags. Raises UserError if one of these cannot change."""
+    now = {name: globals()[name] for name in SETTINGS}
+    saved = {name: state["settings"].get(name, now[name]) for name in SETTINGS}
+    old = {**now, **state["constants"]}
+    edited = {name: now[name] for name in now if now[name] != old[name] and name not in flags}
+    changed = {**saved, **edited, **flags}
+    for name in FIXED_SETTINGS:
+        if changed[name] != saved[name]:
+            raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
+    for name, value in edited.items():
+        print_once(f"{name} was edited in train.py: it is {value!r} now, not {saved[name]!r}")
+    return changed
 
 
 def main(arguments=None):
@@ -274,159 +358,159 @@ def main(arguments=None):
             print_once(f"{OUT_DIR} is finished; with more --steps the learning rate rises again")
             return
         with checkpoint.the_only_run(Path(OUT_DIR)):
-            train(state, options.get("init_from"))
+            train(state, constants, options.get("init_from"))
     finally:
         globals().update(constants)
 
 
-def train(state, init_from):
-    """The whole run, from top to bottom. state: of the run to be continued, or None. init_from:
-    where a new run has its first weights from; None for random ones."""
+def train(state, constants, init_from):
+    """The whole run, from top to bottom, around the steps of the method. state: of the run to be
+    continued, or None. constants: those in this file, without flags. init_from: where a new run has
+    its first weights from; None for random ones."""
     # Device and processes. torchrun starts several, of which only the master writes files.
     out = Path(OUT_DIR)
     device = machine.pick_device(DEVICE)
-    rank, world_size = machine.start_process(device, BATCH_SIZE)
+    machine.join_processes(device, BATCH_SIZE)
+    rank, world_size = machine.processes()
     master = rank == 0
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
-    # Data: all pictures stay in the machine's memory; those held out are indices.
+    # Data: all pictures stay in the machine's memory; those held out are indices. As many of those
+    # trained on, of all classes, are "seen": at fixed t, a gap between the two is overfitting.
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
-    train_ids = (~is_val).nonzero().flatten()
-    # If no class is large enough to hold any out, the "held-out" loss is of training pictures.
-    val_ids = is_val.nonzero().flatten() if is_val.any() else train_ids[:1000]
+    train_ids, val_ids = (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
+    count = len(val_ids) or min(len(train_ids), 1000)
+    seen_ids = train_ids[torch.linspace(0, len(train_ids) - 1, count).long()]
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
     torch.manual_seed(SEED)
-    sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
     dataset = Path(DATASET).resolve().name if Path(DATASET).exists() else DATASET
-    model = DiT(class_names=class_names, dataset=dataset, cfg_scale=CFG_SCALE, **sizes).to(device)
+    model = make_network(class_names, dataset).to(device)
     if init_from:
         load_initial_weights(init_from, model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    optimizer = make_optimizer(model)
     steps_done, seconds_before = 0, 0.0
-    losses, rows = [], []  # since the last row of the log; and its rows
+    rows = []  # of the log
+    loss_sum, loss_count = torch.zeros((), device=device), 0  # since the last row
+    checksum = zlib.crc32(labels.numpy().tobytes())
     if state:
+        if checksum != state["checksum"]:
+            print_once("the pictures have changed since the run began: others are held out now")
+        if state["settings"]["STEPS"] != STEPS:
+            rate = LEARNING_RATE * learning_rate_factor(state["step"] + 1)
+            print_once(f"the run has {STEPS} steps now: the learning rate goes on at {rate:.2g}")
         checkpoint.restore_state(state, model, ema, optimizer)
         steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
-        losses = [loss.to(device) for loss in state["losses"]]
+        loss_sum, loss_count = state["loss_sum"].to(device), state["loss_count"]
     precision = "bf16" if machine.uses_bf16(device, PRECISION) else "fp32"
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
-    print_once(f"{len(images)} pictures, {is_val.sum()} of them held out")
+    print_once(f"{len(images)} pictures, {len(val_ids)} of them held out")
     print_once(f"each picture trained on is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
-    pays = machine.compiling_pays(device, parameters * len(model.positions) * BATCH_SIZE * STEPS)
+
+    pays = machine.compiling_pays(device, parameters, STEPS * BATCH_SIZE)
     if COMPILE == "on" or (COMPILE == "auto" and pays):
         machine.compile_model(model)
-    parallel_model = DistributedDataParallel(model) if world_size > 1 else model
+    network = DistributedDataParallel(model) if world_size > 1 else model
 
-    def save_checkpoint(step):
-        """Write the EMA weights, and train_state.pt with everything that --resume needs."""
-        # Through JSON, for plain types: torch.load would refuse a NumPy float.
-        constants = json.loads(json.dumps({name: globals()[name] for name in SETTINGS}))
-        new_state = {"step": step, "settings": constants, "class_names": class_names}
-        new_state |= {"seconds": time.perf_counter() - started, "losses": losses, "log": rows}
-        new_state |= {"model": model.state_dict(), "ema": ema.state_dict()}
-        new_state |= {"optimizer": optimizer.state_dict()}
-        new_state |= {"optimizer_is": checkpoint.describe_optimizer(optimizer)}
+    def save(step):
+        """Write the EMA weights, their card, and all that --resume needs."""
+        new_state = {
+            "step": step,
+            # Through JSON, for plain types: torch.load would refuse a NumPy float.
+            "settings": json.loads(json.dumps({name: globals()[name] for name in SETTINGS})),
+            "constants": json.loads(json.dumps(constants)),
+            "class_names": class_names,
+            "checksum": checksum,
+            "seconds": time.perf_counter() - started,
+            "loss_sum": loss_sum,
+            "loss_count": loss_count,
+            "log": rows,
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "optimizer_is": checkpoint.describe_optimizer(optimizer),
+        }
         checkpoint.save_checkpoint(out, ema, new_state)
+        hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 
     # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
     started = time.perf_counter() - seconds_before
     if master and not state:
         for file in [out / "log.csv", *out.glob("samples/step-*.png")]:  # of an overwritten run
             file.unlink(missing_ok=True)
-        save_checkpoint(step=0)  # from here on --resume works
+        save(step=0)  # from here on --resume works
     grid_classes = range(len(class_names))[:75]
 
     # The loop
     resume = f"python train.py --resume --out-dir={shlex.quote(OUT_DIR)}"
-    row_step, row_time = steps_done, time.perf_counter()  # of the last row of the log
+    row_step, row_time = steps_done, time.perf_counter()  # when the last row of the log was written
     bar = tqdm(total=STEPS, initial=steps_done, unit="step", disable=not master)
+    steps = training_steps(network, ema, optimizer, images, labels, train_ids, steps_done + 1)
     with bar, machine.stop_signals() as signals:
-        for step in range(steps_done + 1, STEPS + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate_factor(step)
-            # For layers that you may add, such as dropout: a resumed run draws the same.
-            torch.manual_seed(SEED + step * world_size + rank)
-
-            # The gradients of the parts, in all processes, add up to that of the whole batch.
-            batch = random_batch(images, labels, train_ids, model.num_classes, step)
-            parts = micro_batches(batch, rank, world_size)
-            step_loss = torch.zeros((), device=device)
-            for number, part in enumerate(parts, 1):
-                x, y, t, noise = to_device(part, device)
-                # DDP exchanges gradients during backward(): once per step is enough.
-                parallel_model.require_backward_grad_sync = number == len(parts)
-                with autocast(device, PRECISION):
-                    loss = rectified_flow_loss(parallel_model, x, y, t, noise)
-                loss = loss * (len(x) / BATCH_SIZE)
-                (loss * world_size).backward()  # DDP averages over processes; this makes it a sum
-                step_loss += loss.detach()
-
-            weights = model.parameters()
-            gradient_norm = torch.nn.utils.clip_grad_norm_(weights, GRAD_CLIP or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_ema(ema, model, step)
+        for step, loss, gradient_norm in steps:
             bar.update()
 
             # A signal to any process stops them all after this step.
             stop = len(signals) > 0
             if world_size > 1:
-                dist.all_reduce(step_loss)
+                dist.all_reduce(loss)
                 stops = torch.tensor(int(stop))  # on the CPU, not to wait for a GPU
                 dist.all_reduce(stops)
                 stop = stops.item() > 0
-            losses.append(step_loss)
+            loss_sum += loss
+            loss_count += 1
 
             # Look at the loss, which makes the CPU wait for the GPU.
-            evaluate = step % EVAL_EVERY == 0 or step == STEPS
-            save = step % CHECKPOINT_EVERY == 0 or step == STEPS or stop
-            if step % LOG_EVERY == 0 or evaluate or save:
-                train_loss = torch.stack(losses).mean().item()
+            is_last = step == STEPS
+            evaluating = step % EVAL_EVERY == 0 or is_last
+            drawing = step % SAMPLE_EVERY == 0 or is_last
+            saving = step % CHECKPOINT_EVERY == 0 or is_last or stop
+            if step % LOG_EVERY == 0 or evaluating or drawing or saving:
+                train_loss = (loss_sum / loss_count).item()
                 bar.set_postfix_str(f"loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
                     hint = f"{resume} --learning-rate {LEARNING_RATE / 2:g}"
                     raise UserError(f"the loss is not finite at step {step}: try {hint}")
+            pause = time.perf_counter()
 
-            # Evaluate the averaged weights at fixed t, and add a row to the log. Its two losses are
-            # of different t: each compares only with itself.
-            if evaluate:
-                speed = (step - row_step) * BATCH_SIZE / (time.perf_counter() - row_time)
-                losses = []
+            # Evaluate the averaged weights at fixed t, and add a row to the log.
+            if evaluating:
+                speed = (step - row_step) * BATCH_SIZE / (pause - row_time)
+                row_step, row_time = step, pause
+                loss_sum, loss_count = torch.zeros_like(loss_sum), 0
                 if master:
-                    val_loss = validation_loss(ema, images, labels, val_ids)
-                    bar.write(f"step {step}: loss {train_loss:.4f}, held-out loss {val_loss:.4f}")
+                    val_losses = losses_at(EVAL_T, ema, images, labels, val_ids)
+                    seen_losses = losses_at(EVAL_T, ema, images, labels, seen_ids)
                     row = {
-                        "step": f"{step}",
-                        "train_loss": f"{train_loss:.6f}",
-                        "val_loss": f"{val_loss:.6f}",
-                        "learning_rate": f"{LEARNING_RATE * learning_rate_factor(step):.4g}",
-                        "images_per_second": f"{speed:.1f}",
-                        "seconds": f"{time.perf_counter() - started:.1f}",
+                        "step": step,
+                        "train_loss": train_loss,
+                        "val_loss": statistics.fmean(val_losses),
+                        "seen_loss": statistics.fmean(seen_losses),
+                        "learning_rate": LEARNING_RATE * learning_rate_factor(step),
+                        "images_per_second": speed,
+                        "seconds": time.perf_counter() - started,
                     }
+                    row |= {f"val_{t}": value for t, value in zip(EVAL_T, val_losses)}
+                    row |= {f"seen_{t}": value for t, value in zip(EVAL_T, seen_losses)}
                     rows.append(row)
                     checkpoint.write_log(out / "log.csv", rows)
+                    both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
+                    bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
 
             # Sample from the averaged weights: always the same classes, and the same noise.
-            if master and (step % SAMPLE_EVERY == 0 or step == STEPS):
-                pictures = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
-                grid = sample.to_grid(pictures)
-                checkpoint.save_picture(grid, out / "samples" / f"step-{step:06}.png")
+            if master and drawing:
+                drawn = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
+                for name in (f"samples/step-{step:06}.png", "grid.png"):
+                    checkpoint.save_picture(sample.to_grid(drawn), out / name)
 
-            if master and save:
-                save_checkpoint(step)
+            if master and saving:
+                save(step)
 
-            # Evaluating, sampling and saving do not count in the next row's speed.
-            if evaluate:
-                row_step, row_time = step, time.perf_counter()
+            row_time += time.perf_counter() - pause  # only training counts in the log's speed
             if stop:
                 break
 

@@ -50,11 +50,9 @@ def save_picture(image, path, **options):
 
 @contextlib.contextmanager
 def the_only_run(folder):
-    """Keep other processes from training into the folder, and git from listing what is in it.
-    Raises UserError if another process has the folder. A crash leaves no lock."""
+    """Keep other processes from training into the folder. Raises UserError if another process has
+    it. A crash leaves no lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / ".gitignore").exists():
-        (folder / ".gitignore").write_text("*\n")
     try:
         # Each of torchrun's processes has a lock of its own.
         with FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0):
@@ -67,12 +65,19 @@ def the_only_run(folder):
 
 
 def write_log(path, rows):
-    """Write rows {column: text} as a CSV file, whole each time. Its columns are those of the newest
-    row: you may have added one while the run was stopped."""
+    """Write rows {column: number} as a CSV file, whole each time. Its columns are those of the
+    newest row: you may have added one while the run was stopped."""
     columns = list(rows[-1])
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    lines = [columns]
+    for row in rows:
+        lines.append([as_text(row.get(column, "")) for column in columns])
+    text = "".join(",".join(line) + "\n" for line in lines)
     write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
+
+
+def as_text(value):
+    """A value of the log: of a fraction, six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def read_log(path):
@@ -105,7 +110,8 @@ def load_state(path):
     """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("log", "optimizer_is", "settings", *state)}
+        needed = ("checksum", "constants", "log", "loss_sum", "optimizer_is", "settings")
+        return {name: state[name] for name in (*needed, *state)}
     except Exception as error:  # a damaged file may raise anything
         message = f"{path} is missing, damaged, or no state of a run"
         raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error
@@ -119,15 +125,17 @@ def restore_state(state, model, ema, optimizer):
     saved, present = state["optimizer_is"], describe_optimizer(optimizer)
     if saved != present:
         raise UserError(f"--resume: train_state.pt is of {saved}; train.py has {present}")
-    # Moments come from the state; betas, weight decay and so on are those of train.py now.
+    # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
     for old, new in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        old |= {name: value for name, value in new.items() if name != "params"}
-    load_weights(model, state["model"], "--resume: train_state.pt does not fit model.py")
-    load_weights(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
-    load_weights(optimizer, state["optimizer"], "--resume: other groups of weights")
+        weights = old["params"]
+        old.clear()
+        old.update(new, params=weights)
+    load_into(model, state["model"], "--resume: train_state.pt does not fit model.py")
+    load_into(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
+    load_into(optimizer, state["optimizer"], "--resume: other groups of weights")
 
 
-def load_weights(target, weights, problem):
+def load_into(target, weights, problem):
     """Load a state into a model, or into an optimizer. Raises UserError, which says what the
     problem is, if names or shapes are others."""
     try:

@@ -1,22 +1,20 @@
-"""Trained networks: loaded from a folder or from the Hub, and the card that the Hub shows."""
+"""The Hub: downloads, and the page that it shows of a trained network."""
 
-import inspect
-import json
-import re
+import math
 from pathlib import Path
 
-from support.checkpoint import read_log
+from support.checkpoint import write_beside
 from support.settings import UserError
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils.logging import set_verbosity_error
-from safetensors.torch import load_model as load_weights
 
 set_verbosity_error()  # no warnings of the library's own
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # you/butterflies
 
-CARD = Path(__file__).with_name("card.md").read_text("utf-8")  # a template of Jinja
+CARD = Path(__file__).with_name("card.md").read_text("utf-8")
+KEEP = CARD.splitlines()[6]  # the line that lets train.py write the card anew
 
 
 def download(repo_id, **options):
@@ -28,50 +26,21 @@ def download(repo_id, **options):
         raise UserError(f"cannot download {repo_id} from the Hub: {error}") from error
 
 
-def load_network(network_class, checkpoint, **options):
-    """The trained network in a folder, such as "out", or at a Hub id, such as "you/butterflies", in
-    evaluation mode. options: as snapshot_download takes them. Raises UserError if there is none, or
-    if its files are damaged or do not fit."""
-    folder = Path(checkpoint).expanduser()
-    if not folder.exists() and re.fullmatch(HUB_ID, str(checkpoint)):
-        files = ["config.json", "model.safetensors"]
-        folder = download(str(checkpoint), allow_patterns=files, **options)
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    if not config_file.is_file():
-        raise UserError(f"no model in {checkpoint}: it has no config.json, as train.py writes it")
-
-    try:
-        config = json.loads(config_file.read_text("utf-8"))
-        inspect.signature(network_class).bind(**config)  # a TypeError if the names are others
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{config_file} is not the config of a nanoDiT model: {error}") from error
-    try:
-        network = network_class(**config)
-    except UserError as error:
-        raise UserError(f"{config_file}: {error}") from error
-    try:
-        load_weights(network, weights_file)  # which knows of weights that layers share
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(
-            f"{weights_file} is damaged, or does not fit: {str(error)[:200]}"
-        ) from error
-    network.folder = folder.resolve()  # for the card
-    return network.eval()
-
-
-# The card, and a grid of samples beside it
-
-
-def card_facts(network):
-    """What the card says of a network, and of the run that it comes from."""
-    rows = read_log(network.folder / "log.csv") if network.folder else []
-    parameters = sum(weight.numel() for weight in network.parameters())
-    grid = newest_grid(network.folder)
-    return {"network": network, "millions": parameters / 1e6, "rows": rows, "grid": grid}
-
-
-def newest_grid(folder):
-    """The newest grid of a run, or the one beside a network that was saved elsewhere."""
-    grids = [*folder.glob("samples/step-*.png"), *folder.glob("grid.png")] if folder else []
-    # From a million steps on, names are longer.
-    return max(grids, key=lambda path: (len(path.name), path.name), default=None)
+def write_card(folder, network, training, rows):
+    """Write README.md, which the Hub shows once the folder is uploaded. training: for how long the
+    network in it was trained, in words. rows: of the log. A page that its owner has written, or
+    wants to keep, stays as it is."""
+    path = folder / "README.md"
+    if path.exists() and KEEP not in path.read_text("utf-8", errors="replace"):
+        return
+    if rows and not math.isnan(rows[-1]["val_loss"]):
+        training += f" (held-out loss: {rows[-1]['val_loss']:.4f})"
+    text = CARD.format(
+        dataset=network.dataset or "pictures",
+        classes=network.num_classes,
+        size=network.image_size,
+        millions=sum(weight.numel() for weight in network.parameters()) / 1e6,
+        training=training,
+        grid="![samples](grid.png)" if (folder / "grid.png").exists() else "",
+    )
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8"))

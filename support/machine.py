@@ -52,10 +52,10 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-def start_process(device, batch_size):
-    """Join the other processes that torchrun has started, if it has. Returns the rank of this one
-    and their number. Raises UserError if there are more than pictures in a batch."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def join_processes(device, batch_size):
+    """Join the other processes that torchrun has started, if it has. Raises UserError if there are
+    more than pictures in a batch."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > batch_size:
         raise UserError(f"BATCH_SIZE {batch_size} is too small for {world_size} processes")
     if world_size > 1:
@@ -63,14 +63,18 @@ def start_process(device, batch_size):
             torch.cuda.set_device(device)
         # Named, as without a name the group would have the accelerator's backend alone.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size
 
 
-def compiling_pays(device, products):
+def processes():
+    """The rank of this process, and how many there are: 0 and 1, unless torchrun started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def compiling_pays(device, parameters, pictures):
     """Whether a run is worth the wait for torch.compile: on CUDA always, on a CPU from some twenty
-    minutes on. products: of a parameter and a token, each some 6 operations, forward and backward,
-    of which a core does some 50 G a second."""
-    seconds = 6 * products / (50e9 * torch.get_num_threads())
+    minutes on. Training takes some 6 operations for each parameter, each picture, and each of its
+    some 64 tokens; a core does some 50 G a second."""
+    seconds = 6 * parameters * pictures * 64 / (50e9 * torch.get_num_threads())
     return device.type == "cuda" or (device.type == "cpu" and seconds > 1200)
 
 
@@ -80,17 +84,31 @@ def compile_model(model):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     eager = model.forward
 
-    def first_call(*arguments):
+    def first_call(*arguments, **options):
         print_once("compiling: the first step takes up to a minute")
         try:
             model.forward = torch.compile(eager)
-            return model.forward(*arguments)
+            rehearse(model, *arguments, **options)
         except Exception as error:  # the compiler's; one of the model's own comes again below
             print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
-        model.forward = eager
-        return eager(*arguments)
+            model.forward = eager
+        return model.forward(*arguments, **options)
 
     model.forward = first_call
+
+
+def rehearse(model, *arguments, **options):
+    """A forward and a backward pass that leave no trace: the compiler translates the latter when it
+    is first needed, and may fail only then."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        out = model.forward(*arguments, **options)
+        if out.requires_grad:
+            weights = [weight for weight in model.parameters() if weight.requires_grad]
+            torch.autograd.grad(out.sum(), weights, allow_unused=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 @contextlib.contextmanager

@@ -5,19 +5,21 @@ import errno
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 KINDS = {int: "whole number", float: "number"}
 MANY = 10**12
-# {name: (kind, lowest, highest)}. A constant that is not listed has no limits.
-AT_LEAST_1 = "IMAGE_SIZE PATCH_SIZE DIM DEPTH HEADS STEPS BATCH_SIZE ACCUMULATE LOG_EVERY "
-AT_LEAST_1 += "EVAL_EVERY SAMPLE_EVERY CHECKPOINT_EVERY"
-LIMITS = dict.fromkeys(AT_LEAST_1.split(), (int, 1, MANY))
-LIMITS |= dict.fromkeys(("CONV_DIM", "WARMUP_STEPS"), (int, 0, MANY))
+MAX_SEED = 2**32 - 1  # of torch's generator on a CPU, which would take 2**32 for 0
+
+# {name: (kind, lowest, highest)}. A constant that is not listed has no limits here; what sizes a
+# network may have, it says itself.
+LIMITS = {"SEED": (int, 0, MAX_SEED), "WARMUP_STEPS": (int, 0, MANY)}
+LIMITS |= dict.fromkeys(("STEPS", "BATCH_SIZE", "ACCUMULATE", "LOG_EVERY"), (int, 1, MANY))
+LIMITS |= dict.fromkeys(("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY"), (int, 1, MANY))
 LIMITS |= dict.fromkeys(("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"), (float, 0, 1))
 LIMITS |= dict.fromkeys(("LEARNING_RATE", "GRAD_CLIP", "T_STD"), (float, 0, 1e38))
 LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), (float, -MANY, MANY))
-LIMITS["SEED"] = (int, 0, 2**63 - 1)
 CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
 
 # What the operating system says when a user's disk, folder or pipe is the cause, and not a bug.
@@ -35,7 +37,8 @@ class UserError(Exception):
 
 def run_command(main, if_out_of_memory="close other programs"):
     """Call main(). A UserError, a disk that cannot be written, or too little memory becomes one
-    line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback."""
+    line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback. As a
+    disk's error may come from a line that you have just added, that line is named."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this: >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -50,10 +53,21 @@ def run_command(main, if_out_of_memory="close other programs"):
         # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is alike.
         if isinstance(error, MemoryError) or any(text in message for text in OUT_OF_MEMORY):
             message = f"out of memory: {if_out_of_memory} ({message})"
-        elif not isinstance(error, UserError) and name not in CANNOT_WRITE:
-            raise
+        elif not isinstance(error, UserError):
+            if name not in CANNOT_WRITE:
+                raise
+            message += f" ({place_of(error)})"
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def place_of(error):
+    """The file and line of this project, not of a library, in which an exception arose."""
+    project = Path(__file__).resolve().parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if project in Path(frame.filename).resolve().parents]
+    frame = [frame for frame in ours if "site-packages" not in frame.filename][-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 def print_once(text, file=None):
@@ -158,6 +172,3 @@ def check_limits(values):
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:
             raise UserError(f"{name} is {values[name]!r}: choose one of {', '.join(choices)}")
-    for whole, part in (("IMAGE_SIZE", "PATCH_SIZE"), ("DIM", "HEADS")):
-        if whole in values and values[whole] % values[part]:
-            raise UserError(f"{whole} {values[whole]} is not a multiple of {part} {values[part]}")

@@ -1,5 +1,6 @@
-"""A small Hub on the loopback address: the few endpoints that a download asks for."""
+"""A small Hub on the loopback address: the few endpoints that downloads and `hf upload` ask for."""
 
+import base64
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,13 +60,30 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        """paths-info: what is known of some files."""
-        name = self.note_path().removeprefix("api/").partition("/paths-info/")[0]
+        path = self.note_path()
         asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        wanted = parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
-        folder = self.hub.repositories[name]
-        known = [folder / file for file in wanted if (folder / file).exists()]
-        self.answer(json.dumps([entry(path, folder) for path in known]).encode())
+        name = path.removeprefix("api/").removeprefix("models/").rsplit("/", 2)[0]
+        folder = self.hub.repositories.get(name)
+        answer = {"warnings": [], "errors": []}  # of validate-yaml: the head of a card
+        if path == "api/repos/create":
+            request = json.loads(asked)
+            answer = {"url": f"{self.hub.url}/{request['organization']}/{request['name']}"}
+        elif "/paths-info/" in path:  # what is known of some files
+            wanted = parse_qs(asked)["paths"] if "paths=" in asked else json.loads(asked)["paths"]
+            known = [folder / file for file in wanted if (folder / file).exists()]
+            answer = [entry(path, folder) for path in known]
+        elif "/preupload/" in path:  # in which way each of some files is to be sent
+            request = json.loads(asked)
+            way = {"uploadMode": "regular", "shouldIgnore": "gitIgnore" in request}
+            answer = {"files": [{"path": file["path"], **way} for file in request["files"]]}
+        elif "/commit/" in path:  # a line for each file
+            for line in map(json.loads, asked.splitlines()):
+                if line["key"] == "file":
+                    file = folder / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {"commitOid": COMMIT, "commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}"}
+        self.answer(json.dumps(answer).encode(), **{"Content-Type": "application/json"})
 
     def note_path(self):
         path = unquote(urlsplit(self.path).path).strip("/")

@@ -2,20 +2,20 @@
 
 import contextlib
 import json
-import shutil
+import subprocess
+import sys
 
-from support.settings import UserError
+from support import hub
 
 import huggingface_hub
 import pytest
 import torch
-from helpers import FEW, call, refused, rows, save, solid
+from helpers import FEW, ROOT, call, environment, refused, rows, save, solid
 from hub_server import Hub
-from huggingface_hub import HfApi, ModelCard, RepoUrl, constants
+from huggingface_hub import ModelCard, constants
 
 from model import DiT
 
-HUB_FILES = {"config.json", "model.safetensors", "README.md"}
 SAMPLE = ["--class-id", 1, "--steps", 2, "--device", "cpu"]
 
 
@@ -52,7 +52,7 @@ def test_saved_and_loaded_is_the_same_and_prints_nothing(model, tmp_path, capfd)
 CONFIGS = [
     ({"rope": True}, "config.json", "rope"),
     ({"class_names": None}, "config.json", "class_names"),
-    ({"image_size": 15}, "config.json", "IMAGE_SIZE 15"),
+    ({"image_size": 15}, "config.json", "image_size 15 is not a multiple of patch_size 4"),
     ({"class_names": ["a", "b"]}, "model.safetensors", "class_embedding"),
     ({"depth": 2}, "model.safetensors", "blocks.1"),
 ]
@@ -72,35 +72,48 @@ def test_a_file_that_is_missing_or_damaged_is_named(model, tmp_path, name, conte
     (tmp_path / "model" / name).unlink()
     if content is not None:
         (tmp_path / "model" / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValueError, match=name):
         DiT.from_pretrained(tmp_path / "model")
+
+
+def test_arguments_override_the_config_and_others_are_refused(model, tmp_path):
+    assert DiT.from_pretrained(tmp_path / "model", cfg_scale=7.0).cfg_scale == 7.0
+    for options in ({"nonsense": 1}, {"cfg_scales": 2.0}):
+        for checkpoint in (tmp_path / "model", "you/model"):
+            with pytest.raises(TypeError, match=next(iter(options))):
+                DiT.from_pretrained(checkpoint, **options)
 
 
 # The card
 
 
-def test_the_card_says_dataset_classes_size_and_how_to_sample(model, tmp_path):
-    card = ModelCard.load(tmp_path / "model" / "README.md")
-    text, millions = " ".join(card.text.split()), sum(w.numel() for w in model.parameters()) / 1e6
-    assert "trained with nanoDiT on my pictures: 3 classes, 16x16 pixels" in text
-    assert f"{millions:.2f} M parameters" in text and "sample.py --checkpoint" in text
+def test_a_run_writes_the_page_that_the_hub_shows_of_it(trained):
+    out = trained / "out"
+    card = ModelCard.load(out / "README.md")
+    loss = float(rows(out)[-1]["val_loss"])
+    weights = DiT.from_pretrained(out).parameters()
+    millions = sum(weight.numel() for weight in weights) / 1e6
+    assert "trained with nanoDiT on pictures: 3 classes, 16x16 pixels" in card.text
+    assert f"{millions:.2f} M parameters. 30 steps of 8 pictures (held-out loss: {loss:.4f})" in (
+        card.text.replace("\n", " ")
+    )
+    for word in ("sample.py --checkpoint", "--init-from", "DiT.from_pretrained"):
+        assert word in card.text
+    assert "![samples](grid.png)" in card.text
+    assert (out / "grid.png").read_bytes() == (out / "samples/step-000030.png").read_bytes()
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert card.data.library_name == "nanodit" and card.data.license == "mit"
-    assert "grid.png" not in text and "held-out" not in text  # as there was no run
-    assert {path.name for path in (tmp_path / "model").iterdir()} == HUB_FILES
 
 
-def test_the_card_of_a_run_has_its_figures_and_its_newest_grid(trained, tmp_path):
-    shutil.copytree(trained / "out", tmp_path / "out")
-    (tmp_path / "out" / "samples" / "step-999999.png").write_bytes(b"older")
-    (tmp_path / "out" / "samples" / "step-1000000.png").write_bytes(b"newest")
-    DiT.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "copy")
-    loss = float(rows(trained / "out")[-1]["val_loss"])
-    card = (tmp_path / "copy" / "README.md").read_text("utf-8")
-    assert f"After 30 steps the held-out loss was {loss:.4f}." in card
-    DiT.from_pretrained(tmp_path / "copy").save_pretrained(tmp_path / "copy")  # in place of itself
-    assert (tmp_path / "copy" / "grid.png").read_bytes() == b"newest"
-    assert "![samples](grid.png)" in (tmp_path / "copy" / "README.md").read_text("utf-8")
+def test_a_page_of_ones_own_stays(model, tmp_path):
+    hub.write_card(tmp_path, model, "1 step", [])
+    card = tmp_path / "README.md"
+    hub.write_card(tmp_path, model, "2 steps", [])
+    assert "2 steps" in card.read_text("utf-8")
+    mine = card.read_text("utf-8").replace(hub.KEEP, "").replace("2 steps", "two steps é")
+    card.write_text(mine, "utf-8")
+    hub.write_card(tmp_path, model, "3 steps", [])
+    assert card.read_text("utf-8") == mine
 
 
 # Downloads
@@ -138,23 +151,39 @@ def train_on(name, folder):
     return out
 
 
-def test_what_is_pushed_samples_the_same(serve, trained, tmp_path, monkeypatch):
-    pushed = tmp_path / "repository"
-    serve({"you/butterflies": pushed})
-    with monkeypatch.context() as patch:  # instead of the network
-        patch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: RepoUrl(repo_id))
-        copy = lambda api, folder_path, **options: shutil.copytree(folder_path, pushed)  # noqa: E731
-        patch.setattr(HfApi, "upload_folder", copy)
-        DiT.from_pretrained(trained / "out").push_to_hub("you/butterflies")
-    assert {path.name for path in pushed.iterdir()} >= {*HUB_FILES, "grid.png"}
-    assert not (pushed / "train_state.pt").exists()
+def run_online(command, url):
+    """Run a command in a process of its own, which takes the server at this address for the Hub."""
+    variables = environment(HF_ENDPOINT=url, HF_TOKEN="hf_secret", HF_HUB_DISABLE_XET="1")
+    run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_is_uploaded_is_sampled_and_started_from(
+    serve, trained, pictures, tmp_path, monkeypatch
+):
+    uploaded = tmp_path / "repository"
+    uploaded.mkdir()
+    server = serve({"you/butterflies": uploaded})
+    run_online(["hf", "upload", "you/butterflies", trained / "out"], server.url)
+    names = {path.relative_to(uploaded).as_posix() for path in uploaded.rglob("*.*")}
+    assert names >= {"config.json", "model.safetensors", "README.md", "grid.png", "log.csv"}
     from_hub = [*SAMPLE, "--checkpoint", "you/butterflies", "--output"]
     call("sample", *from_hub, "hub.png", cwd=tmp_path)
+    begun = [*FEW, "--steps", 1, "--dataset", pictures, "--init-from", "you/butterflies"]
+    call("train", *begun, cwd=tmp_path)
     disconnect(monkeypatch, tmp_path)
     call("sample", *from_hub, "again.png", cwd=tmp_path)
     call("sample", *SAMPLE, "--output", tmp_path / "local.png", cwd=trained)
-    pictures = {(tmp_path / f"{name}.png").read_bytes() for name in ("hub", "again", "local")}
-    assert len(pictures) == 1
+    drawn = {(tmp_path / f"{name}.png").read_bytes() for name in ("hub", "again", "local")}
+    assert len(drawn) == 1
+
+
+def test_a_network_is_pushed_by_its_own_method(serve, model, tmp_path):
+    (tmp_path / "repository").mkdir()
+    server = serve({"you/small": tmp_path / "repository"})
+    code = f"from model import DiT; DiT.from_pretrained({str(tmp_path / 'model')!r})"
+    run_online([sys.executable, "-c", f"{code}.push_to_hub('you/small')"], server.url)
+    assert DiT.from_pretrained("you/small").class_names == model.class_names
 
 
 def test_a_dataset_comes_from_the_hub_into_its_cache(serve, tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+import sample
 import train
 from model import MIN_T, DiT
-from sample import euler_states, renew_noise, sample_conditional_cfg
-from train import held_out, random_batch, rectified_flow_loss, validation_loss
+from sample import euler_states, guided, renew_noise, sample_conditional_cfg
+from train import held_out, losses_at, random_batch, rectified_flow_loss
 
 
 class Field(torch.nn.Module):
@@ -103,7 +104,7 @@ def test_a_batch_follows_from_the_seed_and_the_step_alone(monkeypatch):
     first = batch(0, 5)
     torch.manual_seed(77)
     assert all(torch.equal(a, b) for a, b in zip(batch(0, 5), first))
-    for seed, step in ((0, 6), (1, 5), (1, 4), (5, 0), (2**63 - 1, 5)):
+    for seed, step in ((0, 6), (1, 5), (1, 4), (5, 0), (2**32 - 1, 5)):
         assert not torch.equal(batch(seed, step)[3], first[3])
 
 
@@ -116,6 +117,9 @@ def test_only_the_pictures_for_training_are_drawn():
 def test_a_twentieth_of_each_class_is_held_out_and_small_classes_keep_theirs():
     labels = torch.tensor([0] * 1 + [1] * 3 + [2] * 20 + [3] * 60)
     assert labels[held_out(labels)].bincount(minlength=4).tolist() == [0, 0, 1, 3]
+    thirty_of_three = torch.arange(90) // 3  # where all are small, a twentieth of them together
+    assert thirty_of_three[held_out(thirty_of_three)].bincount().tolist().count(1) == 5
+    assert not held_out(torch.arange(30)).any()  # of one picture each, all are trained on
 
 
 @pytest.mark.parametrize("classes", [1, 10, 20, 40])
@@ -158,46 +162,47 @@ def test_the_average_follows_the_first_steps_and_then_remembers(monkeypatch):
     assert ema.weight.item() == pytest.approx(0.999 * (1 - kept), abs=1e-6)
 
 
-# The validation loss
+# Losses at fixed t
 
 
-def test_the_validation_loss_is_a_mean_over_all_pictures_and_times(monkeypatch):
+def test_the_loss_at_each_t_is_a_mean_over_all_pictures(monkeypatch):
     # Grey pictures from black to white, the last batch a smaller one. A network that answers 0 has
     # the loss (eps - x)^2, where eps is in the z that it was called with.
-    monkeypatch.setattr("sample.MAX_BATCH", 64)
+    monkeypatch.setattr(train, "BATCH_SIZE", 64)
     grey = torch.linspace(0, 255, 100).round().to(torch.uint8)
     images = grey[:, None, None, None].expand(100, 3, 16, 16)
     ids = torch.arange(100)
     model = Field(lambda z, t, y: torch.zeros_like(z))
-    loss = validation_loss(model, images, ids, ids, times=(0.5, 1.0))
+    losses = losses_at((0.5, 1.0), model, images, ids, ids)
     assert [len(z) for z, _, _ in model.calls] == [64, 64, 36, 36]
     assert [t.unique().item() for _, t, _ in model.calls] == [0.5, 1.0, 0.5, 1.0]
     assert torch.equal(torch.cat([y for _, _, y in model.calls[::2]]), ids)
-    errors = []
-    for z, t, y in model.calls:
-        x = images[y].float() / 127.5 - 1
-        eps = (z - (1 - t[0]) * x) / t[0]
-        assert eps.std().item() == pytest.approx(1, abs=0.02)
-        errors.append((eps - x).square().flatten(1).mean(1))
-    assert loss == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
+    for first, loss in enumerate(losses):
+        errors = []
+        for z, t, y in model.calls[first::2]:
+            x = images[y].float() / 127.5 - 1
+            eps = (z - (1 - t[0]) * x) / t[0]
+            assert eps.std().item() == pytest.approx(1, abs=0.02)
+            errors.append((eps - x).square().flatten(1).mean(1))
+        assert loss == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
+    assert all(map(math.isnan, losses_at((0.5, 1.0), model, images, ids, ids[:0])))
 
 
-def test_the_noise_of_the_validation_loss_is_always_the_same(monkeypatch):
+def test_the_noise_of_these_losses_is_always_the_same(monkeypatch):
     images, labels, ids = few_pictures()
     seen = []
-    for seed in (1, 2):
+    for seed, batch_size in ((1, 32), (2, 1)):
         torch.manual_seed(seed)
         monkeypatch.setattr(train, "SEED", seed)
+        monkeypatch.setattr(train, "BATCH_SIZE", batch_size)
         model = Field(lambda z, t, y: torch.zeros_like(z))
         before = torch.get_rng_state()
-        loss = validation_loss(model, images, labels, ids[1:])
+        losses = losses_at((0.5, 1.0), model, images, labels, ids[1:])
         assert torch.equal(before, torch.get_rng_state())
-        seen.append((loss, model.calls))
-    (loss, calls), (same_loss, same_calls) = seen
-    assert loss == same_loss and len(calls) == len(train.EVAL_T)
-    for call, same in zip(calls, same_calls):
-        assert all(torch.equal(a, b) for a, b in zip(call, same))
-    assert calls[0][2].tolist() == [1, 2]  # the pictures asked for
+        seen.append((losses, torch.cat([z for z, _, _ in model.calls])))
+    (losses, z), (same_losses, same_z) = seen
+    assert losses == pytest.approx(same_losses) and model.calls[0][2].tolist() == [1]
+    assert torch.equal(z, same_z[[0, 2, 1, 3]])  # picture after picture, each at both t
 
 
 # The sampler
@@ -211,14 +216,24 @@ def test_euler_is_exact_on_a_constant_field(steps, cfg_scale):
     torch.testing.assert_close(x, noise() - 0.75, atol=1e-5, rtol=0)
 
 
-def test_the_states_are_one_more_than_steps_from_noise_to_picture():
-    model = Field(lambda z, t, y: torch.ones_like(z))
-    states = list(euler_states(model, torch.arange(4), 4, 1, noise()))
-    assert len(states) == 5
-    for number, z in enumerate(states):
-        torch.testing.assert_close(z, noise() - number / 4)
-    assert [t.unique().item() for _, t, _ in model.calls] == [1.0, 0.75, 0.5, 0.25]
-    assert torch.equal(states[-1], sample_conditional_cfg(model, torch.arange(4), 4, 1, noise()))
+def test_the_states_are_those_at_the_given_times():
+    ones = Field(lambda z, t, y: torch.ones_like(z))
+    velocity = guided(ones, torch.arange(4), 1)
+    states = list(euler_states(velocity, noise(), [1, 0.75, 0.25, 0]))
+    assert [t.unique().item() for _, t, _ in ones.calls] == [1.0, 0.75, 0.25]
+    for gone, z in zip((0, 0.25, 0.75, 1), states):
+        torch.testing.assert_close(z, noise() - gone)
+    x = sample_conditional_cfg(ones, torch.arange(4), 5, 1, noise())
+    for times in ([1, 0.8, 0.6, 0.4, 0.2, 0], torch.linspace(1, 0, 6)):
+        torch.testing.assert_close(x, list(euler_states(velocity, noise(), times))[-1])
+
+
+def test_a_solver_starts_in_the_middle_and_takes_data_of_any_shape():
+    # In two dimensions, with one point of data: the velocity (z - x) / t leads to it from anywhere.
+    x, eps = torch.tensor([[2.0, -1.0]]), torch.tensor([[0.3, 0.7]])
+    z = 0.5 * x + 0.5 * eps
+    *_, end = euler_states(lambda z, t: (z - x) / t[:, None], z, [0.5, 0.3, 0])
+    torch.testing.assert_close(end, x)
 
 
 M, S = 0.3, 0.5  # mean and standard deviation of normally distributed data
@@ -246,9 +261,9 @@ def test_euler_error_falls_as_one_over_steps_on_a_gaussian():
 @pytest.mark.parametrize("eta, low, high", [(0, 0.999, 1.001), (0.5, 0.1, 0.5), (1, -0.05, 0.05)])
 def test_fresh_noise_keeps_the_distribution_and_forgets_the_first_noise(eta, low, high):
     start, y = noise(2, 64), torch.zeros(2, dtype=torch.long)
-    generator = torch.Generator().manual_seed(1)
+    randn_like = sample.randn_like_of_places(1, [5, 6])
     model = Field(gaussian_velocity)
-    x = sample_conditional_cfg(model, y, 200, 1, start, eta, generator)
+    x = sample_conditional_cfg(model, y, 200, 1, start, eta, randn_like)
     assert x.mean().item() == pytest.approx(M, abs=0.02)
     assert x.std().item() == pytest.approx(S, rel=0.03)
     correlation = torch.corrcoef(torch.stack([x.flatten(), start.flatten()]))[0, 1].item()
@@ -260,11 +275,11 @@ def test_renewed_noise_by_hand(eta):
     # At t = 1/3, before which it was 2/3, going back to 2/3 would leave a correlation of 1/4.
     x, eps, new = noise(seed=1), noise(seed=2), noise(seed=3)
     z, v = (2 * x + eps) / 3, eps - x
-    renewed = renew_noise(z, 1 / 3, v, 1 / 3, eta, torch.Generator().manual_seed(3))
+    renewed = renew_noise(z, 1 / 3, v, 1 / 3, eta, new)
     fresh = eta * math.sqrt(15) / 4
     mixed = math.sqrt(1 - fresh**2) * eps + fresh * new
     torch.testing.assert_close(renewed, (2 * x + mixed) / 3)
-    end = renew_noise(x, 0.0, v, 1 / 3, eta, torch.Generator().manual_seed(3))
+    end = renew_noise(x, 0.0, v, 1 / 3, eta, new)
     torch.testing.assert_close(end, x)  # data have no noise to renew
 
 

@@ -1,10 +1,13 @@
 """The network: shapes, what it is at the start, positions, and sizes it refuses."""
 
-from support.settings import UserError
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, environment
 
 from model import MIN_T, DiT
 
@@ -159,19 +162,54 @@ def test_positions_tell_patches_apart():
     torch.testing.assert_close(model(swapped, t, y), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "changes, name",
-    [
-        ({"patch_size": 5}, "PATCH_SIZE"),
-        ({"heads": 3}, "HEADS"),
-        ({"dim": 0}, "DIM"),
-        ({"conv_dim": -1}, "CONV_DIM"),
-        ({"conv_dim": 8.5}, "CONV_DIM"),
-        ({"conv_dim": 8, "image_size": 15, "patch_size": 3}, "CONV_DIM 8 .* even PATCH_SIZE"),
-        ({"cfg_scale": "3"}, "CFG_SCALE"),
-        ({"class_names": ["a", 2]}, "class_names"),
-    ],
-)
-def test_arguments_that_cannot_be_are_refused_by_name(changes, name):
-    with pytest.raises(UserError, match=name):
+IMPOSSIBLE = [
+    ({"patch_size": 5}, "image_size 16 is not a multiple of patch_size 5"),
+    ({"heads": 3}, "dim 32 is not a multiple of heads 3"),
+    ({"dim": 0}, "dim is 0, not a whole number from 1"),
+    ({"depth": "2"}, "depth is '2', not a whole number from 1"),
+    ({"conv_dim": -1}, "conv_dim is -1, not a whole number from 0"),
+    ({"conv_dim": 8.5}, "conv_dim is 8.5, not a whole number from 0"),
+    ({"conv_dim": 8, "image_size": 15, "patch_size": 3}, "conv_dim 8 needs an even patch_size"),
+    ({"cfg_scale": "3"}, "cfg_scale is '3'"),
+    ({"class_names": ["a", 2]}, "class_names"),
+]
+
+
+@pytest.mark.parametrize("changes, message", IMPOSSIBLE)
+def test_what_no_network_can_have_is_a_value_error_with_the_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+# model.py taken away: alone in an empty folder, in a Python that finds nothing else of ours.
+
+ALONE = """
+import sys
+import torch
+from model import DiT
+
+torch.manual_seed(0)
+model = DiT(image_size=16, patch_size=4, dim=32, depth=2, heads=2, class_names=["a", "b"])
+z, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 1]), torch.tensor([0, 2])
+((model(z, t, y) - z) ** 2).mean().backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+model.save_pretrained("mine")
+again = DiT.from_pretrained("mine")
+assert torch.equal(again(z, t, y), model.eval()(z, t, y)) and again.class_names == ["a", "b"]
+for bad in ({"dim": 33}, {"patch_size": 5}):
+    try:
+        DiT.from_pretrained("mine", **bad)
+    except ValueError as error:
+        print(error)
+print(*sorted(name for name in sys.modules if name in ("support", "sample", "train", "data")))
+"""
+
+
+def test_alone_in_an_empty_folder_it_builds_trains_saves_and_loads(tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    command = [sys.executable, "-c", ALONE]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    first, second, ours = run.stdout.splitlines()
+    assert "dim 33 is not a multiple of heads 2" in first and "patch_size 5" in second
+    assert ours == "" and run.stderr == ""

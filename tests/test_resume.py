@@ -1,5 +1,6 @@
 """A run goes on as if nothing had stopped it, or says in one line why it cannot."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -22,7 +23,8 @@ def assert_same_run(a, b):
     """Bit for bit the same weights, losses and pictures; the clock's columns aside."""
     assert_same_weights(a, b)
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-    logs = [[list(row.values())[:4] for row in rows(out)] for out in (a, b)]
+    clock = ("images_per_second", "seconds")
+    logs = [[{**row, **dict.fromkeys(clock)} for row in rows(out)] for out in (a, b)]
     assert logs[0] == logs[1] and logs[0]
     names = [sorted(path.name for path in out.rglob("*")) for out in (a, b)]
     assert names[0] == names[1]
@@ -55,7 +57,7 @@ def watch(process, out, count):
     while len(log) < count:
         log = checkpoint.read_log(out / "log.csv")
         assert [row["step"] for row in log] == [str(7 * n) for n in range(1, len(log) + 1)]
-        assert all(len(row) == 6 and None not in row.values() for row in log)
+        assert all(len(row) == 17 and None not in row.values() for row in log)
         time.sleep(0.01)
         assert process.poll() is None, process.communicate()
 
@@ -237,6 +239,29 @@ def test_what_may_change_on_resume_does(trained, tmp_path):
     assert [row["step"] for row in rows(out)] == ["10", "20", "30", "32", "34"]
     settings = state(out)["settings"]
     assert settings["LEARNING_RATE"] == 3e-4 and settings["STEPS"] == 34
+
+
+def test_more_steps_for_a_run_on_its_way_say_what_the_rate_does(pictures, tmp_path):
+    run = [*FEW, "--dataset", pictures, "--steps", 20, "--decay-share", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.machine, "stop_signals", lambda: contextlib.nullcontext([15]))
+        call("train", *run, cwd=tmp_path, status=143)
+    said, _ = call("train", "--resume", "--steps", 80, cwd=tmp_path)
+    rate = train.LEARNING_RATE * min(2 / 8, (80 + 1 - 2) / 80)
+    assert f"the run has 80 steps now: the learning rate goes on at {rate:.2g}" in said
+    said, _ = call("train", "--resume", "--steps", 80, cwd=tmp_path)
+    assert "the learning rate goes on" not in said
+
+
+def test_pictures_that_have_changed_are_said(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "mine")
+    call("train", *FEW, "--dataset", "mine", "--steps", 2, cwd=tmp_path)
+    said, _ = call("train", "--resume", "--steps", 3, cwd=tmp_path)
+    assert "pictures have changed" not in said
+    folder = next((tmp_path / "mine").iterdir())
+    shutil.copy(next(folder.iterdir()), folder / "more.png")
+    said, _ = call("train", "--resume", "--steps", 4, cwd=tmp_path)
+    assert "the pictures have changed since the run began" in said
 
 
 def test_a_finished_run_says_so(trained, tmp_path):

@@ -73,17 +73,60 @@ def test_list_classes(trained):
     assert [line.split() for line in out.splitlines()] == [[str(i), n] for i, n in enumerate(NAMES)]
 
 
-def test_pictures_do_not_depend_on_how_many_are_drawn_together(trained, monkeypatch):
+@pytest.mark.parametrize("eta", [0, 1])
+def test_a_picture_depends_on_its_seed_and_its_place_alone(trained, monkeypatch, eta):
     model = DiT.from_pretrained(trained / "out")
     ids = torch.arange(3).repeat(4)
-    together = torch.cat(list(generate(model, ids, seed=1, steps=2)))
+
+    def drawn(ids):
+        batches = list(generate(model, ids, seed=1, steps=4, eta=eta))
+        return [len(batch) for batch in batches], torch.cat(batches).int()
+
+    _, together = drawn(ids)
+    _, fewer = drawn(ids[:5].tolist())
     monkeypatch.setattr("sample.MAX_BATCH", 4)
-    batches = list(generate(model, ids, seed=1, steps=2))
-    assert [len(batch) for batch in batches] == [4, 4, 4]
-    assert (torch.cat(batches).int() - together.int()).abs().max() <= 1
+    sizes, apart = drawn(ids)
+    assert sizes == [4, 4, 4]
+    for other in (fewer, apart):
+        assert (other - together[: len(other)]).abs().max() <= 1
+    assert not torch.equal(together[0], together[3])  # the same class at another place
     states = [list(batch) for batch in generate_states(model, ids, seed=1, steps=2)]
-    assert [len(batch) for batch in states] == [3, 3, 3]
-    assert torch.equal(to_uint8(states[1][-1]), batches[1])
+    assert [len(batch) for batch in states] == [3, 3, 3]  # in whatever order they are used
+
+
+def test_noises_of_places_and_of_neighbouring_seeds_are_independent():
+    shape = torch.empty(60, 3, 8, 8)
+    noise = [sample.randn_like_of_places(seed, range(60))(shape) for seed in (0, 1, 2)]
+    noise = torch.cat(noise).flatten(1)
+    correlations = torch.corrcoef(noise).fill_diagonal_(0)
+    assert correlations.abs().max() < 0.4 and abs(noise.mean()) < 0.02  # 0.07 is usual
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_compiled_network_is_sampled_as_it_is(trained, wrapped):
+    model = DiT.from_pretrained(trained / "out")
+    (expected,) = generate(model, [0, 1], steps=2)
+    model = torch.compile(model, backend="eager")
+    if wrapped:  # as PEFT and others do, which pass on attributes that they lack
+
+        class Wrapper(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inside = model
+
+            def __getattr__(self, name):
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(self.inside, name)
+
+            def forward(self, *arguments):
+                return self.inside(*arguments)
+
+        model = Wrapper()
+    (pictures,) = generate(model, [0, 1], steps=2)
+    assert (pictures.int() - expected.int()).abs().max() <= 1
 
 
 def test_scaling_to_pixels_clamps():
@@ -222,6 +265,7 @@ def test_class_names_cannot_write_outside_the_folder(tmp_path):
         ("--steps 0", ["--steps", "from 1"]),
         ("--cfg-scale nan", ["--cfg-scale", "number"]),
         ("--eta 1.5", ["--eta", "0 to 1"]),
+        ("--seed 4294967296", ["--seed", "from 0 to 4294967295"]),
         ("--device abacus", ["abacus", "cpu"]),
         ("--output picture.jpg", ["picture.jpg", ".png"]),
         ("--output out/config.json/x.png", ["out/config.json"]),

@@ -25,7 +25,21 @@ import helpers
 import pytest
 import torch
 from fuzz import fuzz
-from helpers import FEW, POSIX, SMALL, call, edit, edited, finish, refused, rows, save, solid, state
+from helpers import (
+    FEW,
+    POSIX,
+    SMALL,
+    call,
+    edit,
+    edited,
+    files,
+    finish,
+    refused,
+    rows,
+    save,
+    solid,
+    state,
+)
 
 import train
 
@@ -146,7 +160,7 @@ def test_a_constant_edited_into_something_else_hurts_nobody(use, pictures, tmp_p
 BAD = "FLIP_SHARE=1.5 LABEL_DROP=-0.1 DECAY_SHARE=7 EMA_DECAY=5 EVAL_EVERY=0 SAMPLE_EVERY=-1 "
 BAD += "CHECKPOINT_EVERY=0 LOG_EVERY=2.5 STEPS=10.5 BATCH_SIZE=0 ACCUMULATE=0 WARMUP_STEPS=-1 "
 BAD += "LEARNING_RATE=-1 LEARNING_RATE=nan T_STD=-1 T_MEAN=inf GRAD_CLIP=nan CFG_SCALE=nan "
-BAD += f"SEED={2**63} STEPS=inf COMPILE=maybe PRECISION=fp8 DIM=16.5 DEPTH=three PATCH_SIZE=5 "
+BAD += f"SEED={2**32} STEPS=inf COMPILE=maybe PRECISION=fp8 DIM=16.5 DEPTH=three PATCH_SIZE=5 "
 BAD += "HEADS=3 CONV_DIM=-2"
 
 
@@ -257,9 +271,9 @@ def test_a_file_that_is_run_twice_has_the_same_settings(pictures, tmp_path, monk
 
 INIT = "        self.image_size = image_size\n"
 FORWARD = "        c = F.silu(c)  # (B, dim)\n"
-LOOP = "            update_ema(ema, model, step)\n"
-EULER = "        z = z - v / steps\n"
-CARD = "    parameters = sum(weight.numel() for weight in network.parameters())\n"
+LOOP = "            bar.update()\n"
+EULER = "        z = z - (t - t_next) * v\n"
+CARD = '    path = folder / "README.md"\n'
 STAGING = '    staging = out / ".writing"\n'
 BUGS = [
     ("model.py", INIT, "self.planted = foo", NameError),
@@ -337,12 +351,97 @@ def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures,
 def test_a_resumed_run_takes_optimizer_and_columns_of_the_file(use, trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
     betas = ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)")
-    use(edited(tmp_path, "train.py", ("BATCH_SIZE = 32 ", "BATCH_SIZE = 16 "), betas, OWN_COLUMN))
+    use(edited(tmp_path, "train.py", betas, OWN_COLUMN))
     call("train", "--resume", "--steps", 31, cwd=tmp_path)
     assert saved_settings(tmp_path)["BATCH_SIZE"] == 8  # the run's, not the file's
     assert state(tmp_path / "out")["optimizer"]["param_groups"][0]["betas"] == (0.8, 0.95)
     table = [(row["step"], row["now"]) for row in rows(tmp_path / "out")]
     assert table == [("10", ""), ("20", ""), ("30", ""), ("31", "1")]
+
+
+EDITS = {"LEARNING_RATE = 2e-3": "LEARNING_RATE = 1e-3", "LABEL_DROP = 0.1": "LABEL_DROP = 0.2"}
+
+
+def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    more = ["BATCH_SIZE = 32 ", "BATCH_SIZE = 16 "]  # the run had 8, by a flag
+    use(edited(tmp_path, "train.py", *EDITS.items(), more))
+    out, _ = call("train", "--resume", "--steps", 31, "--label-drop", 0.3, cwd=tmp_path)
+    assert "LEARNING_RATE was edited in train.py: it is 0.001 now, not 0.002" in out
+    assert "BATCH_SIZE was edited in train.py: it is 16 now, not 8" in out
+    assert out.count("was edited") == 2  # a flag wins
+    saved = saved_settings(tmp_path)
+    assert [saved[name] for name in ("LEARNING_RATE", "LABEL_DROP", "BATCH_SIZE")] == [
+        1e-3,
+        0.3,
+        16,
+    ]
+    out, _ = call("train", "--resume", "--steps", 32, "--learning-rate", 5e-4, cwd=tmp_path)
+    assert "was edited" not in out and saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
+    call("train", "--resume", "--steps", 33, cwd=tmp_path)
+    assert saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
+
+
+@pytest.mark.parametrize("name, line", [("DIM", "DIM = 192"), ("SEED", "SEED = 0")])
+def test_an_edited_size_or_seed_is_refused_as_a_flag_would_be(use, trained, tmp_path, name, line):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    use(edited(tmp_path, "train.py", (line, f"{name} = 32")))
+    before = files(tmp_path / "out")
+    was = {"DIM": 16, "SEED": 0}[name]
+    line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert f"{name} is {was} in out, not 32" in line
+    assert files(tmp_path / "out") == before
+
+
+# A constant of the same name is all that a new argument of the network takes.
+ARGUMENT = {"        conv_dim=0,\n": "        conv_dim=0,\n        dropout=0.0,\n"}
+ARGUMENT["        self.initialize()\n"] = (
+    "        self.blocks.append(nn.Dropout(dropout)); self.initialize()\n"
+)
+ARGUMENT["        for block in self.blocks:\n"] = "        for block in self.blocks[:-1]:\n"
+ARGUMENT["block.modulation for block in self.blocks]"] = (
+    "block.modulation for block in self.blocks[:-1]]"
+)
+
+
+def test_a_new_argument_of_the_network_is_a_constant_and_an_argument(use, pictures, tmp_path):
+    copy = edited(tmp_path, "model.py", *ARGUMENT.items())
+    edit(copy / "train.py", constant("DROPOUT = 0.25  # of the tokens"))
+    use(copy)
+    call("train", *FEW, "--dataset", pictures, "--steps", 1, "--dropout", 0.5, cwd=tmp_path)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dropout"] == saved_settings(tmp_path)["DROPOUT"] == 0.5
+    call("train", "--resume", "--steps", 2, cwd=tmp_path)
+    line = refused("train", "--resume", "--steps", 3, "--dropout", 0.1, cwd=tmp_path)
+    assert "DROPOUT is 0.5 in out, not 0.1" in line
+    call("sample", "--class-id", 0, "--steps", 1, cwd=tmp_path)
+
+
+ANOTHER_NETWORK = """
+class DiT(nn.Module, PyTorchModelHubMixin):
+    def __init__(self, image_size, width, class_names, dataset="", cfg_scale=3.0):
+        super().__init__()
+        self.image_size, self.class_names, self.cfg_scale = image_size, class_names, cfg_scale
+        self.num_classes, self.dataset = len(class_names), dataset
+        self.convs = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 1))
+
+    def forward(self, z, t, y):
+        return self.convs(z)
+
+    from_pretrained = classmethod(OldDiT.from_pretrained.__func__)
+"""
+
+
+def test_another_network_in_the_place_of_dit_trains_and_is_sampled(use, pictures, tmp_path):
+    copy = edited(tmp_path, "model.py", ("class DiT(", "class OldDiT("))
+    with open(copy / "model.py", "a") as file:
+        file.write(ANOTHER_NETWORK)
+    edit(copy / "train.py", constant("WIDTH = 8"))
+    use(copy)
+    run = ["--image-size", 16, "--device", "cpu", "--batch-size", 4, "--dataset", pictures]
+    call("train", *run, "--steps", 2, cwd=tmp_path)
+    out, _ = call("sample", "--class-id", 0, "--steps", 2, cwd=tmp_path)
+    assert (tmp_path / out.strip()).exists()
 
 
 def test_a_module_of_ones_own_is_named_when_the_checkpoint_lacks_it(use, trained, tmp_path):
@@ -425,7 +524,19 @@ def test_too_little_memory_or_disk_is_one_line(monkeypatch, pictures, tmp_path, 
     monkeypatch.setattr(train, "random_batch", Mock(side_effect=error))  # in the first step
     _, err = call("train", *FEW, "--dataset", pictures, cwd=tmp_path, status=2)
     expected = str(error) if isinstance(error, OSError) else "out of memory: "
-    assert err.splitlines()[-1].startswith(f"train.py: error: {expected}")
+    line = err.splitlines()[-1]
+    assert line.startswith(f"train.py: error: {expected}")
+    if isinstance(error, OSError):  # which a line of one's own may have raised
+        assert re.search(r"\(train\.py, line \d+\)$", line)
+
+
+def test_a_folder_made_twice_shows_the_line_that_made_it(use, pictures, tmp_path):
+    use(edited(tmp_path, "train.py", (LOOP, LOOP + "            import os; os.mkdir('frames')\n")))
+    run = [*FEW, "--dataset", pictures, "--steps", 2]
+    _, err = call("train", *run, cwd=tmp_path, status=2)
+    text = (tmp_path / "copy" / "train.py").read_text().splitlines()
+    number = 1 + [i for i, line in enumerate(text) if "os.mkdir('frames')" in line][0]
+    assert f"'frames' (train.py, line {number})" in err.splitlines()[-1]
 
 
 # Long

@@ -1,6 +1,7 @@
 """Training as a user sees it: what a run prints, writes, refuses, and begins with."""
 
 import shutil
+import time
 
 from support import checkpoint
 
@@ -10,11 +11,14 @@ from helpers import FEW, POSIX, SMALL, call, files, opened, refused, rows, save,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import sample
 import train
 from model import DiT
 from train import rectified_flow_loss
 
-COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "images_per_second", "seconds"]
+COLUMNS = ["step", "train_loss", "val_loss", "seen_loss", "learning_rate", "images_per_second"]
+COLUMNS += ["seconds", "val_0.1", "val_0.3", "val_0.5", "val_0.7", "val_0.9"]
+COLUMNS += ["seen_0.1", "seen_0.3", "seen_0.5", "seen_0.7", "seen_0.9"]
 NAMES = ["blue-plain-pointed", "red-eyes-pointed", "yellow-spots-tailed"]
 
 
@@ -25,13 +29,18 @@ def test_a_run_leaves_its_files(trained):
     out = trained / "out"
     names = {path.name for path in out.iterdir()} - {".lock0"}
     kept = {"config.json", "model.safetensors", "train_state.pt", "log.csv", "samples"}
-    assert names == kept | {".gitignore"}
-    assert (out / ".gitignore").read_text() == "*\n"  # git never lists the run
+    assert names == kept | {"README.md", "grid.png"}  # no .gitignore, which `hf upload` obeys
     log = rows(out)
     assert list(log[0]) == COLUMNS and [row["step"] for row in log] == ["10", "20", "30"]
     assert all(0 <= float(value) < 1e6 for row in log for value in row.values())
     assert all(float(row["train_loss"]) > 0 and float(row["val_loss"]) > 0 for row in log)
     assert float(log[-1]["val_loss"]) < float(log[0]["val_loss"])
+    for row in log:
+        for kind in ("val", "seen"):
+            losses = [float(row[f"{kind}_{t}"]) for t in train.EVAL_T]
+            assert float(row[f"{kind}_loss"]) == pytest.approx(sum(losses) / 5, rel=1e-4)
+            assert len(set(losses)) == 5
+    assert all(type(value) in (int, float) for row in state(out)["log"] for value in row.values())
     model = DiT.from_pretrained(out)
     assert model.class_names == NAMES
     assert model.dataset == "pictures"  # the folder's name, not where it lies
@@ -68,8 +77,10 @@ def test_of_many_classes_some_names_are_said_and_few_pictures_are_all_trained_on
         save(solid(), tmp_path / "many" / name / "1.png")
     out, _ = call("train", *FEW, "--dataset", "many", "--steps", 2, cwd=tmp_path)
     assert "8 classes, such as a, b, c, d, e, f\n" in out
-    assert "8 pictures, 0 of them held out" in out
-    assert float(rows(tmp_path / "out")[0]["val_loss"]) > 0  # of what is trained on
+    assert "8 pictures, 0 of them held out" in out and "held out nan, seen" in out
+    (row,) = rows(tmp_path / "out")
+    assert row["val_loss"] == row["val_0.5"] == "nan" and float(row["seen_loss"]) > 0
+    assert "held-out" not in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("n, extra", [(4, []), (1, []), (3, ["--flip-share", 0])])
@@ -79,7 +90,8 @@ def test_every_size_runs(tmp_path, n, extra):
     settings = [*SMALL, "--dataset", "few", "--batch-size", 8, "--steps", 6, *extra]
     call("train", *settings, cwd=tmp_path)
     (row,) = rows(tmp_path / "out")
-    assert row["step"] == "6" and float(row["val_loss"]) > 0
+    assert row["step"] == "6" and float(row["seen_loss"]) > 0
+    assert (row["val_loss"] == "nan") == (n == 1)
     assert DiT.from_pretrained(tmp_path / "out").class_names == ["few"]
 
 
@@ -120,11 +132,27 @@ def test_the_pictures_are_never_copied(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "samples" / "step-000003.png").exists()
 
 
-def test_a_seed_may_be_as_large_as_any(pictures, tmp_path):
-    run = [*FEW, "--dataset", pictures, "--steps", 2, "--seed", 2**63 - 1]
+def test_a_seed_may_be_as_large_as_a_generator_tells_apart(pictures, tmp_path):
+    run = [*FEW, "--dataset", pictures, "--steps", 2, "--seed", 2**32 - 1]
     call("train", *run, cwd=tmp_path)
     call("train", "--resume", "--steps", 3, cwd=tmp_path)
-    assert state(tmp_path / "out")["settings"]["SEED"] == 2**63 - 1
+    assert state(tmp_path / "out")["settings"]["SEED"] == 2**32 - 1
+
+
+def test_the_speed_in_the_log_is_of_training_alone(pictures, tmp_path, monkeypatch):
+    generate = sample.generate
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return generate(*arguments, **options)
+
+    run = [*FEW, "--dataset", pictures, "--steps", 40, "--eval-every", 20]
+    call("train", *run, "--sample-every", 40, "--out-dir", "few", cwd=tmp_path)
+    monkeypatch.setattr(sample, "generate", slow)
+    call("train", *run, "--sample-every", 5, "--checkpoint-every", 5, cwd=tmp_path)
+    speeds = [float(rows(tmp_path / name)[-1]["images_per_second"]) for name in ("out", "few")]
+    assert speeds[0] > 2 * 4 * 20 / (3 * 0.5)  # with three grids between the rows
+    assert float(rows(tmp_path / "out")[-1]["seconds"]) > 7 * 0.5
 
 
 def test_a_loss_that_is_not_finite_stops_when_the_log_looks(pictures, tmp_path):
@@ -181,12 +209,6 @@ def test_overwrite_replaces_the_run_and_nothing_else(pictures, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "out")] == ["2"]
     assert DiT.from_pretrained(tmp_path / "out").final_layer.in_features == 32
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-
-
-def test_a_gitignore_of_ones_own_is_kept(pictures, tmp_path):
-    (tmp_path / ".gitignore").write_text("secrets\n")
-    call("train", *FEW, "--dataset", pictures, "--steps", 1, "--out-dir", ".", cwd=tmp_path)
-    assert (tmp_path / ".gitignore").read_text() == "secrets\n"
 
 
 def test_a_second_training_into_a_folder_is_refused(trained, pictures, tmp_path):
