@@ -14,6 +14,8 @@ samples/class-<ids>-seed-<seed>.png, or to a longer name if further flags decide
 fresh noise, the default, and up to 1 for as much as in DDPM.
 """
 
+import argparse
+import difflib
 import math
 import re
 import unicodedata
@@ -210,7 +212,7 @@ def parse_flags(arguments):
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
-    return parser.parse_args(settings.command_line() if arguments is None else arguments)
+    return argparse.Namespace(**settings.parse(parser, arguments))
 
 
 def load_network(checkpoint):
@@ -234,10 +236,12 @@ def chosen_classes(flags, class_names):
 def find_class(name, class_names):
     """The id of a class by its name. Case is ignored, and accents may be typed in either of
     Unicode's ways. Raises UserError if there is no such class, or several."""
-    forms = [unicodedata.normalize("NFC", known).casefold() for known in (name, *class_names)]
-    if forms[1:].count(forms[0]) != 1:
-        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes')
-    return forms[1:].index(forms[0])
+    wanted, *forms = [unicodedata.normalize("NFC", n).casefold() for n in (name, *class_names)]
+    if forms.count(wanted) != 1:
+        near = [class_names[forms.index(form)] for form in difflib.get_close_matches(wanted, forms)]
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes{hint}')
+    return forms.index(wanted)
 
 
 def name_grid(flags, class_ids):

@@ -18,10 +18,8 @@ import json
 import math
 import shlex
 import signal
-import statistics
 import sys
 import time
-import zlib
 from pathlib import Path
 
 from support import checkpoint, hub, machine, settings
@@ -298,16 +296,12 @@ def parse_flags(arguments=None, description=__doc__):
     parser = settings.new_parser(description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="change several settings at once")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in OUT_DIR")
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    one_of.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
+    parser.add_argument("--init-from", metavar="MODEL", help="trained weights: a folder or Hub id")
     settings.add_setting_flags(parser, SETTINGS, source_file=globals().get("__file__"))
-    arguments = settings.command_line() if arguments is None else arguments
-    options = vars(parser.parse_args(arguments))
-    preset = PRESETS.get(options.get("preset"), "")
-    options = vars(parser.parse_args([*preset.split(), *arguments]))
-    if "resume" in options and "overwrite" in options:
-        parser.error("--resume continues a run and --overwrite replaces it: choose one")
+    options = settings.parse(parser, arguments, PRESETS)
+    if "resume" in options and options.keys() & {"overwrite", "init_from"}:
+        parser.error("--resume continues a run: leave out --overwrite and --init-from")
     flags = {name: options.pop(name) for name in SETTINGS if name in options}
     return options, flags
 
@@ -319,7 +313,8 @@ def apply_settings(options, flags):
     out = Path(flags.get("OUT_DIR", OUT_DIR)).expanduser()
     if "resume" in options:
         state = checkpoint.load_state(out / "train_state.pt")
-        changed = resumed_settings(state, flags, out)
+        now = {name: globals()[name] for name in SETTINGS}
+        changed = checkpoint.resumed_settings(state, now, flags, FIXED_SETTINGS, out)
     globals().update(changed, OUT_DIR=str(out))
     values = {name: globals()[name] for name in SETTINGS}
     settings.check_limits(values)  # which also turns 1e4 into 10000
@@ -329,22 +324,6 @@ def apply_settings(options, flags):
         if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
             raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
     return state
-
-
-def resumed_settings(state, flags, out):
-    """The settings with which a run goes on: its own, but for constants that have been edited since
-    and for flags. Raises UserError if one of these cannot change."""
-    now = {name: globals()[name] for name in SETTINGS}
-    saved = {name: state["settings"].get(name, now[name]) for name in SETTINGS}
-    old = {**now, **state["constants"]}
-    edited = {name: now[name] for name in now if now[name] != old[name] and name not in flags}
-    changed = {**saved, **edited, **flags}
-    for name in FIXED_SETTINGS:
-        if changed[name] != saved[name]:
-            raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
-    for name, value in edited.items():
-        print_once(f"{name} was edited in train.py: it is {value!r} now, not {saved[name]!r}")
-    return changed
 
 
 def main(arguments=None):
@@ -394,9 +373,9 @@ def train(state, constants, init_from):
     steps_done, seconds_before = 0, 0.0
     rows = []  # of the log
     loss_sum, loss_count = torch.zeros((), device=device), 0  # since the last row
-    checksum = zlib.crc32(labels.numpy().tobytes())
+    counts = labels.bincount().tolist()  # pictures in each class
     if state:
-        if checksum != state["checksum"]:
+        if counts != state["counts"]:
             print_once("the pictures have changed since the run began: others are held out now")
         if state["settings"]["STEPS"] != STEPS:
             rate = LEARNING_RATE * learning_rate_factor(state["step"] + 1)
@@ -417,23 +396,17 @@ def train(state, constants, init_from):
     network = DistributedDataParallel(model) if world_size > 1 else model
 
     def save(step):
-        """Write the EMA weights, their card, and all that --resume needs."""
-        new_state = {
-            "step": step,
-            # Through JSON, for plain types: torch.load would refuse a NumPy float.
-            "settings": json.loads(json.dumps({name: globals()[name] for name in SETTINGS})),
-            "constants": json.loads(json.dumps(constants)),
-            "class_names": class_names,
-            "checksum": checksum,
-            "seconds": time.perf_counter() - started,
-            "loss_sum": loss_sum,
-            "loss_count": loss_count,
-            "log": rows,
-            "model": model.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "optimizer_is": checkpoint.describe_optimizer(optimizer),
-        }
+        """Write the averaged weights, the page about them, and all that --resume needs."""
+        present = {name: globals()[name] for name in SETTINGS}
+        present = {"settings": present, "constants": constants}
+        present = json.loads(json.dumps(present))  # torch.load would refuse a NumPy float
+        data = {"class_names": class_names, "counts": counts}
+        seconds = time.perf_counter() - started
+        progress = {"step": step, "seconds": seconds, "log": rows}
+        progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
+        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
+        moments = {"optimizer": optimizer.state_dict(), "optimizer_is": type(optimizer).__name__}
+        new_state = {**present, **data, **progress, **weights, **moments}
         checkpoint.save_checkpoint(out, ema, new_state)
         hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 
@@ -487,15 +460,15 @@ def train(state, constants, init_from):
                     seen_losses = losses_at(EVAL_T, ema, images, labels, seen_ids)
                     row = {
                         "step": step,
-                        "train_loss": train_loss,
-                        "val_loss": statistics.fmean(val_losses),
-                        "seen_loss": statistics.fmean(seen_losses),
+                        "train_loss": round(train_loss, 6),
+                        "val_loss": round(sum(val_losses) / len(EVAL_T), 6),
+                        "seen_loss": round(sum(seen_losses) / len(EVAL_T), 6),
                         "learning_rate": LEARNING_RATE * learning_rate_factor(step),
-                        "images_per_second": speed,
-                        "seconds": time.perf_counter() - started,
+                        "images_per_second": round(speed, 1),
+                        "seconds": round(time.perf_counter() - started, 1),
                     }
-                    row |= {f"val_{t}": value for t, value in zip(EVAL_T, val_losses)}
-                    row |= {f"seen_{t}": value for t, value in zip(EVAL_T, seen_losses)}
+                    row |= {f"val_{t}": round(loss, 6) for t, loss in zip(EVAL_T, val_losses)}
+                    row |= {f"seen_{t}": round(loss, 6) for t, loss in zip(EVAL_T, seen_losses)}
                     rows.append(row)
                     checkpoint.write_log(out / "log.csv", rows)
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"

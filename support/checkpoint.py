@@ -6,16 +6,13 @@ import os
 import shutil
 import time
 
-from support.settings import UserError
+from support.settings import UserError, print_once
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")  # the state last
-
-# Options of an optimizer that do not change what it keeps.
-WAYS_TO_COMPUTE = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 def replace(source, target):
@@ -67,17 +64,14 @@ def the_only_run(folder):
 def write_log(path, rows):
     """Write rows {column: number} as a CSV file, whole each time. Its columns are those of the
     newest row: you may have added one while the run was stopped."""
-    columns = list(rows[-1])
-    lines = [columns]
-    for row in rows:
-        lines.append([as_text(row.get(column, "")) for column in columns])
-    text = "".join(",".join(line) + "\n" for line in lines)
-    write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
 
+    def write(beside):
+        with open(beside, "w", newline="", encoding="utf-8") as file:
+            log = csv.DictWriter(file, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
+            log.writeheader()
+            log.writerows(rows)
 
-def as_text(value):
-    """A value of the log: of a fraction, six digits."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    write_beside(path, write)
 
 
 def read_log(path):
@@ -110,11 +104,29 @@ def load_state(path):
     """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = ("checksum", "constants", "log", "loss_sum", "optimizer_is", "settings")
+        needed = ("constants", "counts", "log", "loss_sum", "optimizer_is", "settings")
         return {name: state[name] for name in (*needed, *state)}
     except Exception as error:  # a damaged file may raise anything
         message = f"{path} is missing, damaged, or no state of a run"
         raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error
+
+
+def resumed_settings(state, constants, flags, fixed, out):
+    """The settings {name: value} with which a run goes on: its own, but for those that have been
+    edited in train.py since, and for flags. fixed: names of what cannot change, or a UserError is
+    raised. constants: those of train.py now."""
+    saved = {name: state["settings"].get(name, value) for name, value in constants.items()}
+    edited = {}
+    for name, value in constants.items():
+        if value != state["constants"].get(name, value) and name not in flags:
+            edited[name] = value
+    changed = {**saved, **edited, **flags}
+    for name in fixed:
+        if changed[name] != saved[name]:
+            raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
+    for name, value in edited.items():
+        print_once(f"{name} was edited in train.py: it is {value!r} now, not {saved[name]!r}")
+    return changed
 
 
 def restore_state(state, model, ema, optimizer):
@@ -122,7 +134,7 @@ def restore_state(state, model, ema, optimizer):
     other classes, of another network, or of another optimizer."""
     if model.class_names != state["class_names"]:
         raise UserError("--resume: the classes of the data set are not those of the original run")
-    saved, present = state["optimizer_is"], describe_optimizer(optimizer)
+    saved, present = state["optimizer_is"], type(optimizer).__name__
     if saved != present:
         raise UserError(f"--resume: train_state.pt is of {saved}; train.py has {present}")
     # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
@@ -142,9 +154,3 @@ def load_into(target, weights, problem):
         target.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{problem}: {str(error)[:200]}") from error
-
-
-def describe_optimizer(optimizer):
-    """What decides which moments an optimizer keeps: its class, and options such as amsgrad."""
-    options = {name for name, value in optimizer.defaults.items() if value is True}
-    return " ".join([type(optimizer).__name__, *sorted(options - WAYS_TO_COMPUTE)])

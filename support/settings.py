@@ -1,6 +1,7 @@
 """Settings: constants become flags, values have limits, and a mistake is one line."""
 
 import argparse
+import difflib
 import errno
 import os
 import re
@@ -85,11 +86,22 @@ def new_parser(description, **options):
     return argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS, **options)
 
 
-def command_line():
-    """The flags of the command line; none in a notebook, where it is the kernel's own."""
-    if "ipykernel" in sys.modules and sys.argv[-1].endswith(".json"):
-        return []
-    return sys.argv[1:]
+def parse(parser, arguments, presets=()):
+    """{name: value} of the flags in `arguments`, or in the command line if they are None; none in a
+    notebook, where that is the kernel's. --preset stands for a line of flags: others override it.
+    An unknown flag is an error that names the one that was perhaps meant."""
+    if arguments is None:
+        in_notebook = "kernel" in Path(sys.argv[0]).name  # ipykernel_launcher.py and the like
+        arguments = [] if in_notebook else sys.argv[1:]
+    known, unknown = parser.parse_known_args(arguments)
+    preset = getattr(known, "preset", None)
+    if preset and not unknown:
+        known, unknown = parser.parse_known_args([*presets[preset].split(), *arguments])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return vars(known)
 
 
 def number(text):

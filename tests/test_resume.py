@@ -285,15 +285,10 @@ def two_groups(parameters, lr, **options):
     return ADAMW([matrices, vectors], lr=lr, **options)
 
 
-def amsgrad(parameters, lr, **options):
-    return ADAMW(parameters, lr, amsgrad=True, **options)
-
-
 @pytest.mark.parametrize(
     "own, words",
     [
         (torch.optim.Adam, "train_state.pt is of AdamW; train.py has Adam"),
-        (amsgrad, "train_state.pt is of AdamW; train.py has AdamW amsgrad"),
         (two_groups, "other groups of weights: "),
     ],
 )

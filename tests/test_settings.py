@@ -468,6 +468,57 @@ def test_the_network_is_run_once_a_step_and_on_its_own_device_alone(use, picture
     assert model.TABLES[0].device.type == "cpu" and model.CALLS.count(True) == 3
 
 
+# The edits in the README
+
+
+def hunks(block):
+    """(file, old lines, new lines) of each part of a diff."""
+    for of_file in re.split(r"^--- ", block, flags=re.MULTILINE)[1:]:
+        name, _, rest = of_file.partition("\n")
+        for part in re.split(r"^@@\n", rest, flags=re.MULTILINE):
+            lines = part.splitlines(keepends=True)
+            yield (
+                name,
+                "".join(line[1:] for line in lines if line[0] != "+"),
+                "".join(line[1:] for line in lines if line[0] != "-"),
+            )
+
+
+BLOCKS = re.findall(
+    r"```diff\n(.*?)```", (helpers.ROOT / "README.md").read_text("utf-8"), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_edit_of_the_readme_works_on_a_copy(use, tmp_path, monkeypatch, block):
+    copy = edited(tmp_path, "model.py")
+    for name, old, new in hunks(block):
+        edit(copy / name, (old, new))
+    assert (
+        sum(line[0] in "+-" for line in re.sub("^--- .*\n", "", block, flags=re.M).splitlines())
+        <= 5
+    )
+    logged = []  # by a tracker that isn't installed here
+    tracker = ModuleType("wandb")
+    tracker.run, tracker.init = None, lambda **options: tracker
+    tracker.log = lambda row, step: logged.append(json.loads(json.dumps(row)))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    use(copy)
+    run = [*FEW, "--dataset", "drawn", "--steps", 2, "--overwrite"]
+    call("train", *run, cwd=tmp_path)
+    out, _ = call("sample", "--class-id", 0, "--steps", 3, cwd=tmp_path)
+    assert (tmp_path / out.strip()).exists()
+    if "wandb" in block:
+        assert [row["step"] for row in logged] == [2]
+        assert all(isinstance(value, (int, float)) for value in logged[0].values())
+    if "load_dataset" in block:
+        assert "2 classes, such as blue, red" in call("train", *run, cwd=tmp_path)[0]
+
+
+def test_the_readme_has_the_six_edits_that_people_make_first():
+    assert len(BLOCKS) == 6
+
+
 # What is printed
 
 
