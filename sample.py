@@ -88,13 +88,11 @@ def euler_states(velocity, noise, times, eta=0, randn_like=torch.randn_like):
         yield z
 
 
-def sample_conditional_cfg(
-    model, class_ids, steps, cfg_scale, noise, eta=0, randn_like=torch.randn_like
-):
+def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, **fresh_noise):
     """Pictures x (B,3,S,S) of the classes (B,), from noise (B,3,S,S), by steps of equal length from
-    t = 1 to 0, with guidance. The arguments are those of guided and euler_states."""
+    t = 1 to 0, with guidance. fresh_noise: eta and randn_like, as euler_states takes them."""
     velocity = guided(model, class_ids, cfg_scale)
-    for z in euler_states(velocity, noise, uniform_times(steps), eta, randn_like):
+    for z in euler_states(velocity, noise, uniform_times(steps), **fresh_noise):
         pass
     return z
 
@@ -249,9 +247,8 @@ def name_grid(flags, class_ids):
     is in it, so that no two requests write the same file."""
     name = f"class-{'-'.join(map(str, class_ids)) or 'all'}-seed-{flags.seed}"
     for flag in ("num_images", "steps", "cfg_scale", "eta", "checkpoint"):
-        value = getattr(flags, flag)
-        if value not in (None, "out"):
-            name += f"-{flag}-{value}"
+        if getattr(flags, flag) not in (None, "out"):
+            name += f"-{flag}-{getattr(flags, flag)}"
     safe = re.sub(r"[^\w.-]", "-", name)[:100]
     if safe != name:
         safe += f"-{zlib.crc32(name.encode()):08x}"

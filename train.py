@@ -14,7 +14,6 @@ columns filename and label; without one, it is a single class.
 import argparse
 import copy
 import inspect
-import json
 import math
 import shlex
 import signal
@@ -316,9 +315,7 @@ def apply_settings(options, flags):
         now = {name: globals()[name] for name in SETTINGS}
         changed = checkpoint.resumed_settings(state, now, flags, FIXED_SETTINGS, out)
     globals().update(changed, OUT_DIR=str(out))
-    values = {name: globals()[name] for name in SETTINGS}
-    settings.check_limits(values)  # which also turns 1e4 into 10000
-    globals().update(values)
+    globals().update(settings.checked({name: globals()[name] for name in SETTINGS}))
     make_network(["any"])  # refuses impossible sizes before pictures are read
     if not state and "overwrite" not in options:
         if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
@@ -337,7 +334,7 @@ def main(arguments=None):
             print_once(f"{OUT_DIR} is finished; with more --steps the learning rate rises again")
             return
         with checkpoint.the_only_run(Path(OUT_DIR)):
-            train(state, constants, options.get("init_from"))
+            train(state, settings.plain(constants), options.get("init_from"))
     finally:
         globals().update(constants)
 
@@ -386,8 +383,8 @@ def train(state, constants, init_from):
     precision = "bf16" if machine.uses_bf16(device, PRECISION) else "fp32"
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
-    print_once(f"{len(images)} pictures, {len(val_ids)} of them held out")
-    print_once(f"each picture trained on is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
+    times = f"each of the others is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times"
+    print_once(f"{len(images)} pictures, {len(val_ids)} of them held out; {times}")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
 
     pays = machine.compiling_pays(device, parameters, STEPS * BATCH_SIZE)
@@ -397,16 +394,15 @@ def train(state, constants, init_from):
 
     def save(step):
         """Write the averaged weights, the page about them, and all that --resume needs."""
-        present = {name: globals()[name] for name in SETTINGS}
-        present = {"settings": present, "constants": constants}
-        present = json.loads(json.dumps(present))  # torch.load would refuse a NumPy float
+        settings_now = {name: globals()[name] for name in SETTINGS}
+        of_the_file = {"settings": settings_now, "constants": constants}
         data = {"class_names": class_names, "counts": counts}
         seconds = time.perf_counter() - started
         progress = {"step": step, "seconds": seconds, "log": rows}
         progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
         weights = {"model": model.state_dict(), "ema": ema.state_dict()}
         moments = {"optimizer": optimizer.state_dict(), "optimizer_is": type(optimizer).__name__}
-        new_state = {**present, **data, **progress, **weights, **moments}
+        new_state = {**of_the_file, **data, **progress, **weights, **moments}
         checkpoint.save_checkpoint(out, ema, new_state)
         hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 
@@ -416,7 +412,6 @@ def train(state, constants, init_from):
         for file in [out / "log.csv", *out.glob("samples/step-*.png")]:  # of an overwritten run
             file.unlink(missing_ok=True)
         save(step=0)  # from here on --resume works
-    grid_classes = range(len(class_names))[:75]
 
     # The loop
     resume = f"python train.py --resume --out-dir={shlex.quote(OUT_DIR)}"
@@ -476,7 +471,8 @@ def train(state, constants, init_from):
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and drawing:
-                drawn = torch.cat(list(sample.generate(ema, grid_classes, seed=SEED)))
+                classes = range(len(class_names))[:75]
+                drawn = torch.cat(list(sample.generate(ema, classes, seed=SEED)))
                 for name in (f"samples/step-{step:06}.png", "grid.png"):
                     checkpoint.save_picture(sample.to_grid(drawn), out / name)
 

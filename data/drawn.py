@@ -63,11 +63,9 @@ def _draw(labels, randoms, image_size):
     direction = between(0, 2 * math.pi, 5)
     along = px * direction.cos() + py * direction.sin()
     blend = 0.5 + 0.5 * torch.sin(2.2 * along + between(0, 6.28, 6) + 0.5 * torch.sin(3 * px))
-    picture = torch.lerp(
-        _hsv(between(0, 1, 7), between(0.05, 0.30, 8), between(0.72, 0.95, 9)),
-        _hsv(between(0, 1, 10), between(0.05, 0.30, 11), between(0.72, 0.95, 12)),
-        blend[:, None],
-    )
+    tint = _hsv(between(0, 1, 7), between(0.05, 0.30, 8), between(0.72, 0.95, 9))
+    other_tint = _hsv(between(0, 1, 10), between(0.05, 0.30, 11), between(0.72, 0.95, 12))
+    picture = torch.lerp(tint, other_tint, blend[:, None])
 
     hues = torch.tensor(list(HUES.values()))[colour][:, None, None]
     hue = hues + between(-0.02, 0.02, 13)
@@ -125,6 +123,5 @@ def _paint(picture, where, colour):
 def _hsv(hue, saturation, value):
     """Hue (which wraps), saturation, value, each (B, ...) in [0, 1] -> RGB (B, 3, ...)."""
     sixths = [(hue * 6 + offset) % 6 for offset in (0.0, 4.0, 2.0)]
-    return torch.stack(
-        [value * (1 - saturation * (1 - ((h - 3).abs() - 1).clamp(0, 1))) for h in sixths], dim=1
-    )
+    shares = [((sixth - 3).abs() - 1).clamp(0, 1) for sixth in sixths]  # of red, green and blue
+    return torch.stack([value * (1 - saturation * (1 - share)) for share in shares], dim=1)

@@ -116,16 +116,15 @@ def resumed_settings(state, constants, flags, fixed, out):
     edited in train.py since, and for flags. fixed: names of what cannot change, or a UserError is
     raised. constants: those of train.py now."""
     saved = {name: state["settings"].get(name, value) for name, value in constants.items()}
-    edited = {}
-    for name, value in constants.items():
-        if value != state["constants"].get(name, value) and name not in flags:
-            edited[name] = value
+    old = {**constants, **state["constants"]}
+    edited = {name: constants[name] for name in constants if constants[name] != old[name]}
     changed = {**saved, **edited, **flags}
     for name in fixed:
         if changed[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
-    for name, value in edited.items():
-        print_once(f"{name} was edited in train.py: it is {value!r} now, not {saved[name]!r}")
+    for name in sorted(edited.keys() - flags.keys()):
+        how = f"it is {edited[name]!r} now, not {saved[name]!r}"
+        print_once(f"{name} was edited in train.py: {how}")
     return changed
 
 

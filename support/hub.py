@@ -35,12 +35,6 @@ def write_card(folder, network, training, rows):
         return
     if rows and not math.isnan(rows[-1]["val_loss"]):
         training += f" (held-out loss: {rows[-1]['val_loss']:.4f})"
-    text = CARD.format(
-        dataset=network.dataset or "pictures",
-        classes=network.num_classes,
-        size=network.image_size,
-        millions=sum(weight.numel() for weight in network.parameters()) / 1e6,
-        training=training,
-        grid="![samples](grid.png)" if (folder / "grid.png").exists() else "",
-    )
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    text = CARD.format(network=network, millions=millions, training=training)
     write_beside(path, lambda beside: beside.write_text(text, "utf-8"))

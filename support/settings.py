@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import json
 import os
 import re
 import sys
@@ -114,15 +115,17 @@ def number(text):
 
 def limited(kind, lowest=-MANY, highest=MANY):
     """A type for argparse: a finite number from lowest to highest; if kind is int, a whole one."""
+    return lambda text: within_limits(number(text), kind, lowest, highest)
 
-    def number_in_range(text):
-        value = number(text)
-        if not fits(value, kind, lowest, highest):
-            limits = f"{KINDS[kind]} from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"{text} is not a {limits}")
-        return kind(value)
 
-    return number_in_range
+def within_limits(value, kind, lowest, highest):
+    """The value, of the kind int or float. Raises ArgumentTypeError if it is not such a number, or
+    not from lowest to highest."""
+    fits = isinstance(value, (int, float)) and lowest <= value <= highest
+    if not fits or kind(value) != value:
+        limits = f"{KINDS[kind]} from {lowest} to {highest}"
+        raise argparse.ArgumentTypeError(f"{value!r}, not a {limits}")
+    return kind(value)
 
 
 def png_path(text):
@@ -166,21 +169,20 @@ def read_comments(source_file):
 # Limits
 
 
-def fits(value, kind, lowest, highest):
-    """Whether a value is a number from lowest to highest; a whole one, if kind is int."""
-    is_number = isinstance(value, (int, float)) and lowest <= value <= highest
-    return is_number and (kind is float or value == int(value))
-
-
-def check_limits(values):
-    """Raise UserError, with its name, for a value {name: value} that no training could run with.
-    Whole numbers become ints in place: 1e4 is meant as 10000."""
-    for name, (kind, lowest, highest) in LIMITS.items():
-        value = values.get(name, lowest)
-        if not fits(value, kind, lowest, highest):
-            raise UserError(f"{name} is {value!r}, not a {KINDS[kind]} from {lowest} to {highest}")
-        if kind is int and name in values:
-            values[name] = int(value)
+def checked(values):
+    """The values {name: value}, numbers of the kind that is meant: 1e4 steps are 10000. Raises
+    UserError, with the name, for one that no training could run with."""
+    for name in [name for name in LIMITS if name in values]:
+        try:
+            values[name] = within_limits(values[name], *LIMITS[name])
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{name} is {error}") from error
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:
             raise UserError(f"{name} is {values[name]!r}: choose one of {', '.join(choices)}")
+    return plain(values)
+
+
+def plain(values):
+    """The values {name: value} in Python's own types: torch.load would refuse a NumPy float."""
+    return json.loads(json.dumps(values))

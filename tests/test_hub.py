@@ -93,13 +93,12 @@ def test_a_run_writes_the_page_that_the_hub_shows_of_it(trained):
     loss = float(rows(out)[-1]["val_loss"])
     weights = DiT.from_pretrained(out).parameters()
     millions = sum(weight.numel() for weight in weights) / 1e6
-    assert "trained with nanoDiT on pictures: 3 classes, 16x16 pixels" in card.text
-    assert f"{millions:.2f} M parameters. 30 steps of 8 pictures (held-out loss: {loss:.4f})" in (
-        card.text.replace("\n", " ")
-    )
+    text = " ".join(card.text.split())
+    assert "trained with nanoDiT on pictures: 3 classes, 16x16 pixels" in text
+    assert f"{millions:.2f} M parameters. 30 steps of 8 pictures (held-out loss: {loss:.4f})" in text
     for word in ("sample.py --checkpoint", "--init-from", "DiT.from_pretrained"):
-        assert word in card.text
-    assert "![samples](grid.png)" in card.text
+        assert word in text
+    assert "](grid.png)" in text
     assert (out / "grid.png").read_bytes() == (out / "samples/step-000030.png").read_bytes()
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert card.data.library_name == "nanodit" and card.data.license == "mit"

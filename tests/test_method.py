@@ -263,7 +263,7 @@ def test_fresh_noise_keeps_the_distribution_and_forgets_the_first_noise(eta, low
     start, y = noise(2, 64), torch.zeros(2, dtype=torch.long)
     randn_like = sample.randn_like_of_places(1, [5, 6])
     model = Field(gaussian_velocity)
-    x = sample_conditional_cfg(model, y, 200, 1, start, eta, randn_like)
+    x = sample_conditional_cfg(model, y, 200, 1, start, eta=eta, randn_like=randn_like)
     assert x.mean().item() == pytest.approx(M, abs=0.02)
     assert x.std().item() == pytest.approx(S, rel=0.03)
     correlation = torch.corrcoef(torch.stack([x.flatten(), start.flatten()]))[0, 1].item()

@@ -68,7 +68,7 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
         weight.numel() for weight in DiT.from_pretrained(tmp_path / "out").parameters()
     )
     assert f"{parameters / 1e6:.2f} M parameters, on cpu in fp32" in out
-    assert "each picture trained on is seen 0.4 times" in out
+    assert "each of the others is seen 0.4 times" in out
     assert "2/2" in err  # the bar counts steps
 
 
