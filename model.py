@@ -9,7 +9,8 @@
 - QK-norm (Henry et al. 2020, arXiv 2010.04245), by layer norm, with a learned scale per head.
 - No dropout, and no parameters in the norms themselves: adaLN scales the tokens instead.
 
-This file needs torch and huggingface_hub alone: copy it into a project of your own.
+This file needs only torch and huggingface_hub[torch], so you can copy it into a project of your
+own. Images are in [-1, 1]; t = 0 is data, t = 1 is noise.
 
 Shapes in the comments: B pictures of S x S pixels, cut into T = (S/P)^2 patches of P x P pixels;
 each of the H attention heads is D numbers wide, and H * D = dim.
@@ -26,8 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 
-# v = (z_t - x) / t magnifies an error in x by 1/t, so training clamps t to at least this. Sampling
-# may go lower: to the network, every smaller t looks like this one.
+# v = (z_t - x) / t magnifies an error in x by 1/t, so train.py draws no smaller t than this.
+# Sampling may go lower: to the network, every smaller t looks like this one.
 MIN_T = 0.05
 
 
@@ -79,8 +80,8 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        # QK-norm bounds the products of queries and keys, and with them how sharp attention can be:
-        # each head learns by how much to scale them.
+        # QK-norm bounds the products of queries and keys, and with them how sharp attention can be,
+        # so each head learns by how much to scale them.
         self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -122,7 +123,7 @@ def timestep_features(t):
 
 def check_sizes(image_size, patch_size, dim, depth, heads, conv_dim):
     """Raise NetworkError, with the numbers, if there is no DiT of these sizes."""
-    for name, size in list(locals().items()):
+    for name, size in list(locals().items()):  # the arguments
         least = 0 if name == "conv_dim" else 1
         if not isinstance(size, int) or size < least:
             raise NetworkError(f"{name} is {size!r}, not a whole number from {least}")
@@ -165,7 +166,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         check_sizes(image_size, patch_size, dim, depth, heads, conv_dim)
-        if not class_names or not all(isinstance(name, str) for name in class_names):
+        names = class_names if isinstance(class_names, (list, tuple)) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise NetworkError("class_names must be a list with one string per class")
         if not isinstance(cfg_scale, (int, float)):
             raise NetworkError(f"cfg_scale is {cfg_scale!r}, not a number")
@@ -254,8 +256,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
     @property
     def config(self):
-        """The arguments that it was made with, as config.json holds them. You may have changed some
-        of its attributes since."""
+        """The arguments that it was made with, as config.json holds them; of these, class_names,
+        dataset and cfg_scale may have been changed since."""
         changed = {name: getattr(self, name) for name in ("class_names", "dataset", "cfg_scale")}
         return {**self._hub_mixin_config, **changed}
 
@@ -266,11 +268,11 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, checkpoint, **options):
         """The network in a folder, such as "out", or at a Hub id, such as "you/butterflies", in
-        evaluation mode.
+        evaluation mode, on the CPU.
 
         options: arguments of the network, which then override config.json, as cfg_scale=2.0 does;
         and arguments of huggingface_hub.snapshot_download, such as revision or token. Raises
-        NetworkError if there is no network, or if its files are damaged or those of another one.
+        NetworkError if there is no network, or if its files are damaged or of a different one.
         """
         parameters = inspect.signature(cls.__init__).parameters
         overrides = {name: options.pop(name) for name in parameters if name in options}
@@ -278,7 +280,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
         folder = Path(checkpoint).expanduser()
         if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
-            with refusing(f"cannot download {checkpoint} from the Hub", Exception):  # any library's
+            # Whichever library makes the requests may raise errors of its own.
+            with refusing(f"cannot download {checkpoint} from the Hub", Exception):
                 files = ["config.json", "model.safetensors"]
                 folder = Path(snapshot_download(checkpoint, allow_patterns=files, **options))
         config_file, weights_file = folder / "config.json", folder / "model.safetensors"
@@ -291,7 +294,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
             inspect.signature(cls.__init__).bind(None, **config)  # a TypeError if the names differ
         with refusing(config_file, NetworkError):
             network = cls(**config)
-        with refusing(f"{weights_file} is damaged, or does not fit", Exception):
+        with refusing(f"{weights_file} is missing, damaged, or does not fit", Exception):
             # The mixin's own, as it knows of weights that layers share.
             cls._load_as_safetensor(network, weights_file, "cpu", strict=True)
         return network.eval()
@@ -299,7 +302,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
 @contextlib.contextmanager
 def refusing(problem, *errors):
-    """Turn such errors, which a foreign file raises, into a NetworkError that says the problem."""
+    """Turn errors of these classes, raised by a foreign file, into a NetworkError that begins with
+    the problem."""
     try:
         yield
     except errors as error:

@@ -42,13 +42,14 @@ GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below a
 
 
 def guided(model, class_ids, cfg_scale):
-    """The velocity with classifier-free guidance, a function (z, t) -> v, which a solver follows.
+    """The velocity with classifier-free guidance: a function (z, t) -> v, which a solver follows.
 
         v = v_null + w (v_class - v_null)    w = cfg_scale
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
-    class_ids: (B,) int64. z: (B,3,S,S); t: (B,). The network runs once at each call, on 2B pictures
-    (B if w = 1). Ho & Salimans 2022, arXiv 2207.12598.
+    class_ids: (B,) int64. z: (B,3,S,S); t: (B,). w = 0 ignores the class, w = 1 is the velocity as
+    it was learned. The network runs once at each call, on 2B pictures (B if w = 1). After Ho &
+    Salimans 2022, arXiv 2207.12598, whose w is ours minus 1.
     """
     class_ids = torch.as_tensor(class_ids)
 
@@ -72,10 +73,10 @@ def euler_states(velocity, noise, times, eta=0, randn_like=torch.randn_like):
         z <- z - (t - t_next) v(z, t)
 
     velocity: a function (z, t) -> v of z (B, ...) and t (B,), such as guided(...). noise: z at the
-    first time, not changed in place. times: numbers that fall, such as those of uniform_times; from
-    0.5 on, say, for a picture that is half noise. eta: how much fresh noise comes in after each
-    step, from 0 for none to 1, as much as in DDPM; randn_like draws it. The last z, at t = 0, is x:
-    about -1 to 1, and not clamped.
+    first of the times, not changed in place. times: decreasing numbers, such as uniform_times(25),
+    from 1 (noise) to 0 (data). To start from a picture x that is half noise, begin at 0.5, with
+    0.5 x + 0.5 eps. eta: how much fresh noise comes in after each step, from 0 for none to 1, as
+    much as in DDPM; randn_like draws it. The last z, at t = 0, is x: about -1 to 1, not clamped.
     """
     times = [float(t) for t in times]
     z = noise
@@ -106,13 +107,13 @@ def renew_noise(z, t, v, dt, eta, new_eps):
     """Replace part of the noise in z_t by fresh noise new_eps, after an Euler step from t + dt to t
     by the velocity v. This also washes out errors of earlier steps.
 
-    eta = 0 keeps all noise. eta = 1 replaces as much as going from t to t + dt would, from data
+    eta = 0 keeps all noise. eta = 1 replaces as much as the way from t to t + dt adds, from data
     towards noise: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv 2010.02502.
     """
-    eps = z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
+    x, eps = z - t * v, z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
     correlation = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of the noise at t and at t + dt
     fresh = eta * math.sqrt(1 - correlation**2)
-    return z + t * (math.sqrt(1 - fresh**2) * eps + fresh * new_eps - eps)
+    return (1 - t) * x + t * (math.sqrt(1 - fresh**2) * eps + fresh * new_eps)
 
 
 # Which noise: a picture depends on its seed and its place, not on what is drawn beside it.
@@ -140,8 +141,8 @@ def randn_like_of_places(seed, places):
 def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
     """Sample a picture for each of the class ids (N,), in batches that fit into memory.
 
-    Yields, for each batch, what euler_states does. The default guidance is the model's own. The
-    noise of a picture depends on the seed and on its place among the class ids alone.
+    Yields, for each batch, what euler_states does. The default guidance is the model's own. A
+    picture's noise depends only on the seed and on its place among the class ids.
     """
     if cfg_scale is None:
         cfg_scale = model.cfg_scale
@@ -150,7 +151,7 @@ def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=Non
     class_ids = torch.as_tensor(class_ids)
     for start in range(0, len(class_ids), batch_size):
         y = class_ids[start : start + batch_size].to(device)
-        velocity = autocast(device)(guided(model, y, cfg_scale))  # calls it in that context
+        velocity = autocast(device)(guided(model, y, cfg_scale))  # called in that context
         randn_like = randn_like_of_places(seed, range(start, start + len(y)))
         shape = (len(y), 3, model.image_size, model.image_size)
         noise = randn_like(torch.empty(shape, device=device))
@@ -198,7 +199,9 @@ def parse_flags(arguments):
     which.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
     which.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
     which.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
-    parser.add_argument("--num-images", type=limited(int, 1), metavar="N", help="of each class")
+    parser.add_argument(
+        "--num-images", type=limited(int, 1), metavar="N", help="pictures per class"
+    )
     parser.add_argument("--checkpoint", default="out", metavar="MODEL", help="a folder or a Hub id")
     parser.add_argument("--steps", type=limited(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
     parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help="guidance")
@@ -208,7 +211,7 @@ def parse_flags(arguments):
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
-    parser.add_argument("--gif", action="store_true", help="also an animation, out of the noise")
+    parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
     return argparse.Namespace(**settings.parse(parser, arguments))
 

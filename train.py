@@ -102,8 +102,8 @@ PRESETS = {
 
 EVAL_T = (0.1, 0.3, 0.5, 0.7, 0.9)  # the t of the losses in log.csv
 
-# The constants that are arguments of DiT, such as DIM: give it a new one, and add a constant of the
-# same name above.
+# The constants that are arguments of DiT, such as DIM. If you give DiT a new argument, add a
+# constant of the same name above.
 MODEL_SETTINGS = [name.upper() for name in inspect.signature(DiT.__init__).parameters]
 MODEL_SETTINGS = [name for name in MODEL_SETTINGS if name in SETTINGS and name != "DATASET"]
 
@@ -156,7 +156,7 @@ def random_batch(images, labels, train_ids, num_classes, step):
 
 
 def micro_batches(batch, rank, world_size):
-    """The share of one process in a batch, which all of them have drawn alike, cut into ACCUMULATE
+    """The share of one process in a batch, which all of them have drawn alike, in up to ACCUMULATE
     parts: a list of (x, y, t, noise)."""
     slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
     return list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
@@ -164,8 +164,8 @@ def micro_batches(batch, rank, world_size):
 
 def held_out(labels):
     """Which pictures are for validation: a mask (N,) of every twentieth, in the order of classes,
-    or of fewer where that would be more than about 1,000. Classes of fewer than four pictures keep
-    theirs for training; if all are so small, those of a single one."""
+    or of fewer where that would be more than about 1,000. Classes of fewer than four pictures
+    are only trained on; if there are no others, those of a single one."""
     counts = labels.bincount()
     least = 4 if counts.max() >= 4 else 2
     by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
@@ -177,8 +177,8 @@ def held_out(labels):
 
 @torch.no_grad()
 def losses_at(times, model, images, labels, ids):
-    """The mean loss of the pictures images[ids] at each of the times, a list of floats; of no
-    pictures, nan. The noise is always the same, so that two runs can be compared.
+    """The mean loss of the pictures images[ids] at each of the times, a list of floats; nan
+    if ids is empty. The noise is always the same, so that two runs can be compared.
 
     images: uint8 (N,3,S,S); labels: (N,); ids: which of the N.
     """
@@ -197,8 +197,8 @@ def losses_at(times, model, images, labels, ids):
 
 
 def learning_rate_factor(step):
-    """The factor on each group's own learning rate: linear warmup, then 1, then a linear decay that
-    would reach zero after step STEPS."""
+    """The multiplier for each group's own learning rate: linear warmup, then 1, then a linear decay
+    that would reach zero after step STEPS."""
     warmup_steps = max(1, min(WARMUP_STEPS, STEPS // 10))
     decay_steps = max(1, DECAY_SHARE * STEPS)
     return min(1, step / warmup_steps, (STEPS + 1 - step) / decay_steps)
@@ -217,7 +217,7 @@ def update_ema(ema, model, step):
 
 def training_steps(network, ema, optimizer, images, labels, train_ids, first_step=1):
     """The method: train until STEPS. Yields (step, loss, norm of the gradient) after each step, the
-    latter two as scalars on the device: to read them makes the CPU wait.
+    latter two as scalars on the device: reading them makes the CPU wait.
 
     network: a DiT, which may be compiled, or wrapped by DistributedDataParallel. ema: its copy that
     becomes the average. images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N. The loss
@@ -231,8 +231,9 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
     for step in range(first_step, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(step)
-        # For layers that you may add, such as dropout: a resumed run draws the same.
-        torch.manual_seed(sample.stream(SEED, step * world_size + rank))
+        # For layers that you may add, such as dropout: a resumed run draws the same. Negative, so
+        # that it is no stream of a batch.
+        torch.manual_seed(sample.stream(SEED, -(step * world_size + rank)))
 
         # The gradients of the parts, in all processes, add up to that of the whole batch.
         batch = random_batch(images, labels, train_ids, ema.num_classes, step)
@@ -240,12 +241,12 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
         step_loss = torch.zeros((), device=device)
         for number, part in enumerate(parts, 1):
             x, y, t, noise = to_device(part, device)
-            # DistributedDataParallel exchanges gradients in backward(): once a step is enough.
+            # With several processes, backward() also exchanges gradients: once a step is enough.
             network.require_backward_grad_sync = number == len(parts)
             with autocast(device, PRECISION):
                 loss = rectified_flow_loss(network, x, y, t, noise)
             loss = loss * (len(x) / BATCH_SIZE)
-            (loss * world_size).backward()  # it averages over processes; this makes it a sum
+            (loss * world_size).backward()  # they are averaged; this makes it a sum
             step_loss += loss.detach()
 
         gradient_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP or math.inf)
@@ -259,7 +260,7 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
 
 
 def make_network(class_names, dataset=""):
-    """A new network, of the sizes in the constants. Raises UserError if there is none."""
+    """A new network, of the sizes in the constants. Raises UserError if they are impossible."""
     sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
     try:
         return DiT(class_names=class_names, dataset=dataset, **sizes)
@@ -325,7 +326,7 @@ def apply_settings(options, flags):
 
 def main(arguments=None):
     """Train. arguments: flags, such as ["--steps", "100"]; by default those of the command line, or
-    none in a notebook. Flags change constants of this module, which main() puts back."""
+    none in a notebook. Flags change constants of this module, which main() restores."""
     constants = {name: globals()[name] for name in SETTINGS}
     try:
         options, flags = parse_flags(arguments)
@@ -341,8 +342,8 @@ def main(arguments=None):
 
 def train(state, constants, init_from):
     """The whole run, from top to bottom, around the steps of the method. state: of the run to be
-    continued, or None. constants: those in this file, without flags. init_from: where a new run has
-    its first weights from; None for random ones."""
+    continued, or None. constants: those in this file, without flags. init_from: where a new run
+    gets its initial weights; None for random ones."""
     # Device and processes. torchrun starts several, of which only the master writes files.
     out = Path(OUT_DIR)
     device = machine.pick_device(DEVICE)
@@ -352,7 +353,7 @@ def train(state, constants, init_from):
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
 
     # Data: all pictures stay in the machine's memory; those held out are indices. As many of those
-    # trained on, of all classes, are "seen": at fixed t, a gap between the two is overfitting.
+    # that are trained on are evaluated, too: a gap between the two losses is overfitting.
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
     train_ids, val_ids = (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
@@ -397,8 +398,7 @@ def train(state, constants, init_from):
         settings_now = {name: globals()[name] for name in SETTINGS}
         of_the_file = {"settings": settings_now, "constants": constants}
         data = {"class_names": class_names, "counts": counts}
-        seconds = time.perf_counter() - started
-        progress = {"step": step, "seconds": seconds, "log": rows}
+        progress = {"step": step, "seconds": time.perf_counter() - started, "log": rows}
         progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
         weights = {"model": model.state_dict(), "ema": ema.state_dict()}
         moments = {"optimizer": optimizer.state_dict(), "optimizer_is": type(optimizer).__name__}
@@ -409,7 +409,8 @@ def train(state, constants, init_from):
     # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
     started = time.perf_counter() - seconds_before
     if master and not state:
-        for file in [out / "log.csv", *out.glob("samples/step-*.png")]:  # of an overwritten run
+        old = [out / "log.csv", out / "grid.png", *out.glob("samples/step-*.png")]
+        for file in old:  # of an overwritten run
             file.unlink(missing_ok=True)
         save(step=0)  # from here on --resume works
 

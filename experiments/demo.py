@@ -21,18 +21,16 @@ import math
 import shlex
 
 from support.machine import pick_device
-from support.settings import UserError, limited, new_parser, run_command
+from support.settings import MAX_SEED, UserError, limited, new_parser, run_command
 
 import torch
 from PIL import Image
 
 import sample
-from model import DiT
 
 CHECKPOINT = "assets/butterflies"  # a Space may name a Hub id here
-MAX_PICTURES = 16  # at once; no more than sample.MAX_BATCH, so that they are one batch
+MAX_PICTURES = 16  # at once; the page shows a batch, of at most sample.MAX_BATCH, as one grid
 SIDE = 192  # a picture has at least this many pixels on the page, as 64 are too small to look at
-MAX_SEED = 2**32 - 1
 
 
 def import_gradio():
@@ -121,7 +119,7 @@ def main():
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     flags = parser.parse_args()
     import_gradio()  # if it is missing, now is the time to say so
-    model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
+    model = sample.load_network(flags.checkpoint).to(pick_device(flags.device))
     page = build_page(model, flags.checkpoint)
     try:
         page.launch(server_port=flags.port, show_error=True)

@@ -11,15 +11,14 @@ It judges only the class. Whether wings are clean and outlines smooth it does no
 one rough but recognisable picture of each class, repeated, would score just as well.
 """
 
-from support.settings import UserError, limited, new_parser, run_command
+from support.settings import MAX_SEED, UserError, limited, new_parser, run_command
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data.drawn import draw_butterflies
-from model import DiT
-from sample import DEFAULT_STEPS, generate
+from sample import DEFAULT_STEPS, generate, load_network
 
 HEADS = (5, 5, 3)  # how many colours, patterns and shapes there are
 
@@ -95,9 +94,9 @@ def main():
     text = "guidance (default: the model's own)"
     parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help=text)
     text = "seed of the noise (default: %(default)s)"
-    parser.add_argument("--seed", type=limited(int, 0), default=0, metavar="N", help=text)
+    parser.add_argument("--seed", type=limited(int, 0, MAX_SEED), default=0, metavar="N", help=text)
     flags = parser.parse_args()
-    model = DiT.from_pretrained(flags.checkpoint)
+    model = load_network(flags.checkpoint)
     drawings, classes, names = draw_butterflies(10, 64, seed=2)
     if model.class_names != names or model.image_size != 64:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies of 64x64 pixels")

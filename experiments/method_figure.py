@@ -14,9 +14,9 @@ from support.settings import UserError, new_parser, png_path, run_command
 
 import torch
 
+import sample
 from data.drawn import draw_butterflies
 from experiments.plot_loss import pyplot, save_figure
-from model import DiT
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CLASS_ID = 6  # the drawn butterfly of (b)
@@ -29,24 +29,21 @@ EULER_STEPS = 5
 def mean_velocity(z, t):
     """The velocity that a perfect network has learned for DATA, in closed form.
 
-    z: (2,). Of all lines through z at t, that to data point i has a weight in proportion to the
-    density of the noise at its other end; the velocity is their mean, (z - mean x) / t.
+    z: (B,2); t: (B,). Of all lines through z at t, that to data point i has a weight in proportion
+    to the density of the noise at its other end; the velocity is their mean, (z - mean x) / t.
     """
-    eps = (z - (1 - t) * DATA) / t  # (4, 2): the other ends of the lines
-    log_density = -(eps - NOISE_CENTRE).square().sum(dim=1) / 2
-    weights = torch.softmax(log_density, dim=0)
+    t_ = t[:, None, None]
+    eps = (z[:, None] - (1 - t_) * DATA) / t_  # (B, 4, 2): the other ends of the lines
+    log_density = -(eps - NOISE_CENTRE).square().sum(dim=2) / 2
+    weights = torch.softmax(log_density, dim=1)
     x = weights @ DATA
-    return (z - x) / t
+    return (z - x) / t[:, None]
 
 
-def euler_path(z, steps):
-    """All states of Euler's method, (steps + 1, 2)."""
-    states = [z]
-    for step in range(steps):
-        t = 1 - step / steps
-        z = z - mean_velocity(z, t) / steps
-        states.append(z)
-    return torch.stack(states)
+def euler_paths(steps):
+    """The states that Euler's method goes through from each of STARTS, (steps + 1, 3, 2)."""
+    states = sample.euler_states(mean_velocity, STARTS, sample.uniform_times(steps))
+    return torch.stack(list(states))
 
 
 def draw_line(axes):
@@ -96,11 +93,8 @@ def draw_paths(axes):
     ends = DATA[torch.arange(60) % len(DATA)]
     for start, end in zip(noise, ends):
         axes.plot(*zip(start, end), color="0.85", lw=0.7, zorder=1)
-    for start in STARTS:
-        smooth = euler_path(start, 400)
-        coarse = euler_path(start, EULER_STEPS)
-        (smooth_line,) = axes.plot(*smooth.T, color="C0", lw=2)
-        (coarse_line,) = axes.plot(*coarse.T, "o-", color="C3", ms=4, lw=1)
+    smooth = axes.plot(*euler_paths(400).unbind(2), color="C0", lw=2)
+    coarse = axes.plot(*euler_paths(EULER_STEPS).unbind(2), "o-", color="C3", ms=4, lw=1)
     all_noise = torch.cat([noise, STARTS])
     axes.scatter(*all_noise.T, color="0.3", s=6, zorder=2)
     axes.scatter(*DATA.T, color="C0", s=60, marker="s", zorder=4)
@@ -109,7 +103,7 @@ def draw_paths(axes):
     axes.set(ylim=(-3.2, 3.2), title="(c) many lines, and their mean")
     axes.invert_xaxis()  # data on the left, as in (a)
     axes.axis("off")
-    lines = [smooth_line, coarse_line]
+    lines = [smooth[0], coarse[0]]
     names = ["path of the mean velocity", f"{EULER_STEPS} Euler steps"]
     axes.legend(lines, names, loc="upper left", fontsize=8, frameon=False)
 
@@ -122,7 +116,7 @@ def main():
     parser.add_argument("--output", type=png_path, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
     plt = pyplot()
-    model = DiT.from_pretrained(flags.checkpoint)
+    model = sample.load_network(flags.checkpoint)
     images, labels, class_names = draw_butterflies(1, model.image_size, seed=7)
     if model.class_names != class_names:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")

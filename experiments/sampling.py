@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 
 from support.machine import autocast
-from support.settings import UserError, limited, new_parser, run_command
+from support.settings import MAX_SEED, UserError, limited, new_parser, run_command
 
 import torch
 
@@ -27,10 +27,9 @@ import sample
 from data.drawn import draw_butterflies
 from data.images import load_images
 from experiments.score import SIZE, features, kernel_distance, resized
-from model import DiT
 
-# The first group is what sample.py can do; integrate() takes the second. Where a row says nothing
-# else, there are 25 steps with the network's own guidance.
+# Arguments of samples(). Where a row says nothing else, there are 25 steps with the network's own
+# guidance.
 ROWS = {
     "default": {},
     "5 steps": {"steps": 5},
@@ -55,53 +54,67 @@ ROWS = {
 }
 
 
-def integrate(model, class_ids, noise, steps, scale, interval=(0.0, 1.0), shift=1.0, heun=False):
-    """From noise to x (B,3,S,S), and how often the network ran per picture."""
+def guided_within(model, class_ids, scale, interval):
+    """The velocity with guidance for t in (low, high], and without it elsewhere."""
+    guided = sample.guided(model, class_ids, scale)
+    plain = sample.guided(model, class_ids, 1)
     low, high = interval
-    y_both = torch.cat([class_ids, torch.full_like(class_ids, model.num_classes)])
-    runs = 0
 
-    def velocity(z, now):
-        nonlocal runs
-        t = torch.full((len(z),), now)
-        if scale == 1 or not low <= now <= high:
-            runs += 1
-            return model(z, t, class_ids)
-        runs += 2
-        v_both = model(torch.cat([z, z]), torch.cat([t, t]), y_both)
-        v_class, v_null = v_both.chunk(2)
-        return v_null + scale * (v_class - v_null)
+    def velocity(z, t):
+        return guided(z, t) if low < t[0] <= high else plain(z, t)
 
-    times = [1 - i / steps for i in range(steps + 1)]
-    times = [shift * t / (1 + (shift - 1) * t) for t in times]
+    return velocity
+
+
+def heun_states(velocity, noise, times):
+    """Like sample.euler_states, but by Heun's method."""
     z = noise
-    for now, then in zip(times, times[1:]):
-        v = velocity(z, now)
-        if heun and then > 0:  # at t = 0 the velocity is not defined: the last step is Euler's
-            at_the_end = velocity(z - (now - then) * v, then)
-            v = (v + at_the_end) / 2
-        z = z - (now - then) * v
-    return z, runs
+    yield z
+    for t, t_next in zip(times, times[1:]):
+        if t_next > 0:
+            # Two Euler steps of this length go by the velocities at both ends of the step. Half of
+            # their way is one step by the mean of these velocities.
+            *_, z_ahead = sample.euler_states(velocity, z, [t, t_next, 2 * t_next - t])
+            z = (z + z_ahead) / 2
+        else:  # at t = 0 the velocity is not defined
+            *_, z = sample.euler_states(velocity, z, [t, t_next])
+        yield z
 
 
-@torch.no_grad()
-def samples(model, each, seed, steps=sample.DEFAULT_STEPS, scale=None, eta=0, **way):
-    """uint8 pictures, `each` of every class, and how often the network ran per picture."""
+def samples(
+    model,
+    each,
+    seed,
+    steps=sample.DEFAULT_STEPS,
+    scale=None,
+    eta=0,
+    interval=(0, 1),
+    shift=1,
+    heun=False,
+):
+    """uint8 pictures, `each` of every class, and how often the network ran per picture. In all
+    ways, a picture begins with the noise that sample.generate gives it."""
     if scale is None:
         scale = model.cfg_scale
+    times = [shift * t / (1 + (shift - 1) * t) for t in sample.uniform_times(steps)]
     class_ids = torch.arange(model.num_classes).repeat_interleave(each)
-    if not way:
-        batches = sample.generate(model, class_ids, seed, steps, scale, eta)
-        return torch.cat(list(batches)), steps if scale == 1 else 2 * steps
-    generator = torch.Generator().manual_seed(seed)
+    counts = []  # of pictures, each time that the network runs
+    hook = model.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
     pictures = []
-    for y in class_ids.split(sample.MAX_BATCH):
-        shape = (len(y), 3, model.image_size, model.image_size)
-        noise = torch.randn(shape, generator=generator)
-        with autocast(noise.device):
-            x, runs = integrate(model, y, noise, steps, scale, **way)
-        pictures.append(sample.to_uint8(x))
-    return torch.cat(pictures), runs
+    for places in torch.arange(len(class_ids)).split(sample.MAX_BATCH):
+        randn_like = sample.randn_like_of_places(seed, places.tolist())
+        noise = randn_like(torch.empty(len(places), 3, model.image_size, model.image_size))
+        velocity = guided_within(model, class_ids[places], scale, interval)
+        velocity = autocast(noise.device)(velocity)
+        if heun:
+            states = heun_states(velocity, noise, times)
+        else:
+            states = sample.euler_states(velocity, noise, times, eta, randn_like)
+        for z in states:
+            pass
+        pictures.append(sample.to_uint8(z))
+    hook.remove()
+    return torch.cat(pictures), sum(counts) // len(class_ids)
 
 
 def load_real(flags, model):
@@ -127,10 +140,10 @@ def main():
     text = "samples per class (default: %(default)s)"
     parser.add_argument("--samples", type=limited(int, 1), default=5, metavar="N", help=text)
     text = "seeds of the noise (default: 0)"
-    whole = limited(int, 0)
-    parser.add_argument("--seeds", type=whole, nargs="+", default=[0], metavar="N", help=text)
+    seed = limited(int, 0, MAX_SEED)
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help=text)
     flags = parser.parse_args()
-    model = DiT.from_pretrained(flags.checkpoint)
+    model = sample.load_network(flags.checkpoint)
     real = features(load_real(flags, model))
     count = flags.samples * model.num_classes
     seeds = " ".join(map(str, flags.seeds))

@@ -6,11 +6,21 @@ Writes weights, config and card, with the last grid of the run. sample.py loads 
 To share it: hf upload you/butterflies assets/butterflies. (push_to_hub would double its size.)
 """
 
+import shutil
 from pathlib import Path
 
+from support.checkpoint import read_log
+from support.hub import write_card
 from support.settings import UserError, limited, new_parser, run_command
 
-from model import DiT
+from sample import load_network
+
+
+def copy_grid(run, output):
+    """Copy the newest grid of a run, if it has one, to where the card shows it."""
+    grids = [*sorted(run.glob("samples/step-*.png")), *run.glob("grid.png")]
+    if grids:
+        shutil.copy(grids[-1], output / "grid.png")
 
 
 def main():
@@ -24,9 +34,19 @@ def main():
         raise UserError(f"{flags.output} exists: choose another folder")
     if not flags.run.is_dir():
         raise UserError(f"{flags.run} is not a folder")
-    model = DiT.from_pretrained(flags.run)
+    model = load_network(flags.run)
     if flags.cfg_scale is not None:
         model.cfg_scale = flags.cfg_scale
+
+    # The card comes before the weights: save_pretrained writes one of its own if there is none.
+    flags.output.mkdir(parents=True)
+    copy_grid(flags.run, flags.output)
+    rows = read_log(flags.run / "log.csv")
+    losses = [{"val_loss": float(row["val_loss"])} for row in rows]
+    training = "How long it was trained is not known"
+    if rows:
+        training = f"{int(rows[-1]['step']):,} steps"
+    write_card(flags.output, model, training, losses)
     model.half().save_pretrained(flags.output)
     print(flags.output)
 

@@ -4,15 +4,14 @@
     python -m experiments.speed --preset laptop
     python -m experiments.speed --compile on           # takes every flag of train.py
 
-Runs train.py's own loop, in turns with a bare one: the same network, loss and optimizer on a batch
+Takes train.py's own steps, in turns with bare ones: the same network, loss and optimizer on a batch
 that lies ready. Prints parameters; images per second; from a profile, what takes the time; and
 floating-point operations. Needs no data set: the pictures are noise. On a CPU, --compile auto means
 off here.
 """
 
-import contextlib
+import copy
 import statistics
-import tempfile
 import time
 
 from support import machine
@@ -21,10 +20,8 @@ from support.settings import UserError, run_command
 import torch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import train
-from model import DiT
 
 WARMUP = 5  # steps at first that do not count: they compile and fill caches
 ROUNDS = 5  # of train.py's steps and of bare ones, in turns
@@ -44,30 +41,42 @@ GROUPS = {
 }
 
 
-def noise_pictures(name, image_size):
-    """Stands in for load_dataset: as many pictures of noise as train.py needs for a batch."""
-    shape = (max(train.BATCH_SIZE, 64), 3, image_size, image_size)
+def noise_pictures():
+    """In place of a data set, as many pictures as a batch needs: images, labels, and which of them
+    are trained on, which is all."""
+    shape = (max(train.BATCH_SIZE, 64), 3, train.IMAGE_SIZE, train.IMAGE_SIZE)
     images = torch.randint(256, shape, dtype=torch.uint8)
-    return images, torch.arange(len(images)) % len(CLASSES), CLASSES
+    places = torch.arange(len(images))
+    return images, places % len(CLASSES), places
 
 
-def make_bare_step(model, device):
-    """A function that trains the model for a step, with nothing around it."""
-    if train.COMPILE == "on":
-        machine.compile_model(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    images, labels, _ = noise_pictures("any", train.IMAGE_SIZE)
-    batch = train.random_batch(images, labels, torch.arange(len(images)), len(CLASSES), step=1)
+def steps_of_train(device, compiling):
+    """Train a network by train.py's own steps, without end: after STEPS of them anew."""
+    network = train.make_network(CLASSES).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False).eval()
+    optimizer = train.make_optimizer(network)
+    if compiling == "on":
+        machine.compile_model(network)
+    pictures = noise_pictures()
+    while True:
+        yield from train.training_steps(network, ema, optimizer, *pictures)
+
+
+def bare_steps(device, compiling):
+    """Train a network with nothing around it, without end."""
+    network = train.make_network(CLASSES).to(device)
+    optimizer = train.make_optimizer(network)
+    if compiling == "on":
+        machine.compile_model(network)
+    batch = train.random_batch(*noise_pictures(), len(CLASSES), step=1)
     batch = machine.to_device(batch, device)
-
-    def bare_step():
+    while True:
         with machine.autocast(device, train.PRECISION):
-            loss = train.rectified_flow_loss(model, *batch)
+            loss = train.rectified_flow_loss(network, *batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-    return bare_step
+        yield
 
 
 def now(device):
@@ -79,47 +88,24 @@ def now(device):
     return time.perf_counter()
 
 
-def measure(bare_step, device, profiler, turns):
-    """A generator that goes on by one whenever train.py begins a step, so that between two yields
-    lies a step of train.py. Adds to turns, for each round, the seconds that a step of train.py and
-    a bare one took; then some steps of train.py are profiled."""
+def take_turns(steps, bare, device):
+    """Pairs of seconds, one for each round: of a step of train.py, and of a bare one."""
     for _ in range(WARMUP):
-        bare_step()
-        yield
+        next(steps)
+        next(bare)
+    turns = []
     for _ in range(ROUNDS):
-        steps = 0
+        count = 0
         begin = now(device)
-        while steps < 2 or time.perf_counter() - begin < SECONDS:
-            yield
-            steps += 1
+        while count < 2 or time.perf_counter() - begin < SECONDS:
+            next(steps)
+            count += 1
         middle = now(device)
-        for _ in range(steps):
-            bare_step()
+        for _ in range(count):
+            next(bare)
         end = now(device)
-        turns.append(((middle - begin) / steps, (end - middle) / steps))
-    with profiler:
-        for _ in range(PROFILED):
-            yield
-        now(device)
-
-
-def run_training(measurement):
-    """Run train.py's loop, without checkpoints and such, until the measurement is at its end."""
-    random_batch = train.random_batch
-
-    def begin_step(*arguments, **options):
-        """Stands in for random_batch, with which every step begins."""
-        next(measurement)  # at the end a StopIteration, which ends the training, too
-        return random_batch(*arguments, **options)
-
-    train.random_batch = begin_step
-    train.load_dataset = noise_pictures
-    train.tqdm = lambda **options: tqdm(disable=True)
-    train.STEPS = train.EVAL_EVERY = train.SAMPLE_EVERY = train.CHECKPOINT_EVERY = 10**9
-    silent = contextlib.redirect_stdout(None)
-    ended = contextlib.suppress(StopIteration)
-    with tempfile.TemporaryDirectory() as train.OUT_DIR, silent, ended:
-        train.train(state=None, init_from=None)
+        turns.append(((middle - begin) / count, (end - middle) / count))
+    return turns
 
 
 def time_shares(profiler, device):
@@ -138,44 +124,47 @@ def time_shares(profiler, device):
     return {group: share / sum(seconds.values()) for group, share in seconds.items()}
 
 
-def flops_per_image(sizes):
-    """Floating-point operations of a picture's way through the network and back."""
-    batch_size = 2  # a batch norm, if you add one, needs two
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without data
-        model = DiT(class_names=CLASSES, **sizes)
-        x = torch.zeros(batch_size, 3, model.image_size, model.image_size)
-        y = torch.zeros(batch_size, dtype=torch.long)
-        train.rectified_flow_loss(model, x, y, torch.ones(batch_size), x).backward()
-    return counter.get_total_flops() / batch_size
+def flops_per_image(network):
+    """Floating-point operations of a picture's way through the network and back. Leaves the network
+    without weights: shapes are all that it takes."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network.to("meta")
+        x = torch.zeros(1, 3, network.image_size, network.image_size)
+        y = torch.zeros(1, dtype=torch.long)
+        train.rectified_flow_loss(network, x, y, torch.ones(1), x).backward()
+    return counter.get_total_flops()
 
 
 def main():
     options, flags = train.parse_flags(description=__doc__)
     if "resume" in options or "init_from" in options:
         raise UserError("every measurement begins anew: leave out --resume and --init-from")
-    train.apply_settings({**options, "overwrite": True}, flags)
+    train.apply_settings({"overwrite": True}, flags)
     device = machine.pick_device(train.DEVICE)
-    sizes = {name.lower(): getattr(train, name) for name in train.MODEL_SETTINGS}
-    model = DiT(class_names=CLASSES, **sizes).to(device)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    torch.set_float32_matmul_precision("high")  # as in train.py
+    compiling = train.COMPILE
+    if compiling == "auto":
+        compiling = "on" if device.type == "cuda" else "off"
+    network = train.make_network(CLASSES)
+    parameters = sum(weight.numel() for weight in network.parameters())
     images = train.STEPS * train.BATCH_SIZE  # of the whole run
-    if train.COMPILE == "auto":
-        train.COMPILE = "on" if device.type == "cuda" else "off"
 
-    profiler = profile()
-    turns = []
-    run_training(measure(make_bare_step(model, device), device, profiler, turns))
+    steps = steps_of_train(device, compiling)
+    turns = take_turns(steps, bare_steps(device, compiling), device)
+    with profile() as profiler:
+        for _ in range(PROFILED):
+            next(steps)
+        now(device)
     best = min(ours for ours, _ in turns)
     ratio = statistics.median(bare / ours for ours, bare in turns)
     rate = train.BATCH_SIZE / best
     precision = "bf16" if machine.uses_bf16(device, train.PRECISION) else "fp32"
     print(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
     print(f"{rate:,.1f} images/s, {1000 * best:.1f} ms a step of {train.BATCH_SIZE}", end=", ")
-    print(f"compile {train.COMPILE}; {100 * ratio:.0f}% of the speed of a bare loop")
+    print(f"compile {compiling}; {100 * ratio:.0f}% of the speed of a bare loop")
     for group, share in time_shares(profiler, device).items():
         print(f"{100 * share:5.1f}% {group}")
-    # Last, as what you add to the network may not bear to be without data.
-    flops = flops_per_image(sizes)
+    flops = flops_per_image(network)
     print(f"{flops / 1e9:.2f} GFLOP per image, {flops * rate / 1e12:.3f} TFLOP/s", end="; ")
     print(f"the run {flops * images / 1e15:.3g} PFLOP, {images / rate / 60:,.1f} minutes")
 

@@ -1,17 +1,19 @@
 """experiments/: what is measured, drawn and played there, against closed forms."""
 
+import ast
 import math
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 from support.settings import UserError
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, call, environment, opened, refused, save
+from helpers import ROOT, SMALL, call, environment, opened, refused, rows, save
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import sample
@@ -28,6 +30,22 @@ def save_pictures(images, folder):
         save(to_pil_image(image), folder / f"{i}.png")
 
 
+@pytest.fixture
+def constants(monkeypatch):
+    """Puts back the constants of train.py, which a script's flags change."""
+    for name in train.SETTINGS:
+        monkeypatch.setattr(train, name, getattr(train, name))
+
+
+def test_no_script_changes_what_is_in_train():
+    for file in (ROOT / "experiments").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                assert ast.unparse(node.value) != "train", f"{file.name}, line {node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+                assert ast.unparse(node.args[0]) != "train", f"{file.name}, line {node.lineno}"
+
+
 # Losses and pictures
 
 
@@ -38,6 +56,25 @@ def test_losses_are_drawn_whatever_backend_a_notebook_has_named(trained, tmp_pat
     figure = tmp_path / "new" / "loss.png"
     subprocess.run([*command, "--output", figure], cwd=ROOT, env=backend, check=True)
     assert len(opened(figure).getcolors(1 << 24)) > 20  # lines, not an empty sheet
+
+
+LOGS = {
+    "a single row": "5,0.9,2.0,2.1,0.4,0.5\n",
+    "nothing held out": "5,0.9,nan,2.1,nan,0.5\n10,0.8,nan,2.0,nan,0.4\n",
+    "a time added later": "5,0.9,,,0.4,0.5\n10,0.8,2.0,2.1,0.3,0.4\n15,0.8,1.9,2.0,0.3,0.4\n",
+}
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_every_t_of_a_log_is_drawn(tmp_path, log):
+    pytest.importorskip("matplotlib")
+    columns = "step,train_loss,val_0.25,seen_0.25,val_0.75,seen_0.75\n"
+    (tmp_path / "log.csv").write_text(columns + LOGS[log])
+    call("experiments.plot_loss", tmp_path, cwd=tmp_path)
+    figure = opened(tmp_path / "loss.png")
+    panel = figure.crop((figure.width // 2, 0, figure.width * 7 // 8, figure.height))  # no legend
+    colours = {colour for _, colour in panel.getcolors(1 << 24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
 
 
 MISSING = {
@@ -102,10 +139,14 @@ def test_the_velocity_in_the_figure_is_the_mean_of_many_lines():
     eps = method_figure.NOISE_CENTRE + torch.randn(n, 2, generator=generator)
     near = ((1 - t) * x + t * eps - z).norm(dim=1) < 0.05
     mean = (eps - x)[near].mean(0)
-    torch.testing.assert_close(method_figure.mean_velocity(z, t), mean, atol=0.15, rtol=0)
-    for begin in method_figure.STARTS:  # paths end at a point of the data
-        end = method_figure.euler_path(begin, 200)[-1]
-        assert (method_figure.DATA - end).norm(dim=1).min() < 0.05
+    (v,) = method_figure.mean_velocity(z[None], torch.tensor([t]))
+    torch.testing.assert_close(v, mean, atol=0.15, rtol=0)
+
+
+def test_the_paths_in_the_figure_go_from_noise_to_data():
+    paths = method_figure.euler_paths(200)
+    assert torch.equal(paths[0], method_figure.STARTS)
+    assert torch.cdist(paths[-1], method_figure.DATA).amin(1).max() < 0.05
 
 
 def test_the_figure_of_the_method_is_drawn(tmp_path):
@@ -116,16 +157,30 @@ def test_the_figure_of_the_method_is_drawn(tmp_path):
 
 
 def test_half_precision_is_half_as_large_and_samples_the_same(trained, tmp_path):
-    flags = [trained / "out", tmp_path / "half", "--cfg-scale", 2.5]
-    call("experiments.shrink", *flags, cwd=tmp_path)
-    half, whole = (DiT.from_pretrained(path) for path in (tmp_path / "half", trained / "out"))
-    sizes = [(m.folder / "model.safetensors").stat().st_size for m in (half, whole)]
-    assert sizes[0] < 0.6 * sizes[1]
-    assert half.cfg_scale == 2.5 and "grid.png" in (tmp_path / "half" / "README.md").read_text()
-    (first,) = sample.generate(half, [0, 1, 2])
-    (second,) = sample.generate(whole, torch.arange(3), cfg_scale=2.5)
+    run, shared = trained / "out", tmp_path / "half"
+    call("experiments.shrink", run, shared, "--cfg-scale", 2.5, cwd=tmp_path)
+    whole, half = ((folder / "model.safetensors").stat().st_size for folder in (run, shared))
+    assert half < 0.6 * whole
+    model = DiT.from_pretrained(shared)
+    assert model.cfg_scale == 2.5
+    (first,) = sample.generate(model, [0, 1, 2])
+    (second,) = sample.generate(DiT.from_pretrained(run), torch.arange(3), cfg_scale=2.5)
     assert (first.int() - second.int()).abs().float().mean() < 2
-    assert "exists" in refused("experiments.shrink", *flags, cwd=tmp_path)
+    assert "exists" in refused("experiments.shrink", run, shared, cwd=tmp_path)
+
+
+def test_what_is_shared_has_the_card_of_the_run(trained, tmp_path):
+    run, shared = trained / "out", tmp_path / "half"
+    call("experiments.shrink", run, shared, cwd=tmp_path)
+    card = (shared / "README.md").read_text("utf-8")
+    loss = float(rows(run)[-1]["val_loss"])
+    assert f"30 steps (held-out loss: {loss:.4f})" in card and "](grid.png)" in card
+    assert (shared / "grid.png").read_bytes() == (run / "grid.png").read_bytes()
+
+    # A network without a log or a grid, such as a downloaded one.
+    call("experiments.shrink", LAPTOP, tmp_path / "other", cwd=tmp_path)
+    card = (tmp_path / "other" / "README.md").read_text("utf-8")
+    assert "1.11 M parameters" in card and "held-out" not in card
 
 
 # Judge and scores
@@ -216,54 +271,51 @@ def test_copies_are_found_and_classes_told(tmp_path):
 # Ways to sample
 
 
-class Growth:
-    """dz/dt = z, whatever the class: z(0) = z(1) / e. Counts the pictures that it sees."""
-
-    num_classes, seen = 3, 0
-
-    def __call__(self, z, t, y):
-        self.seen += len(z)
-        return z
-
-
-def error(steps, **way):
-    y, noise = torch.zeros(1, dtype=torch.long), torch.ones(1, 3, 1, 1)
-    z, _ = sampling.integrate(Growth(), y, noise, steps, scale=1, **way)
-    return abs(z[0, 0, 0, 0].item() - 1 / math.e)
+def error(states):
+    """Of the last state, if dz/dt = z and z(1) = 1, so that z(0) = 1/e."""
+    *_, z = states
+    return abs(z.item() - 1 / math.e)
 
 
 def test_heun_is_of_second_order_and_euler_of_first():
-    assert error(20) / error(40) == pytest.approx(2, rel=0.1)
-    assert error(40, heun=True) < error(20, heun=True) / 2.5 < error(20) / 12
-    assert error(400, shift=0.5) < 3e-3 and error(400, shift=3.0) < 3e-3  # where even steps end
+    def velocity(z, t):
+        return z
+
+    few, many = sample.uniform_times(20), sample.uniform_times(40)
+    euler = [error(sample.euler_states(velocity, torch.ones(1), times)) for times in (few, many)]
+    heun = [error(sampling.heun_states(velocity, torch.ones(1), times)) for times in (few, many)]
+    assert euler[0] / euler[1] == pytest.approx(2, rel=0.1)
+    assert heun[1] < heun[0] / 2.5 < euler[0] / 12
 
 
 def test_without_a_special_way_it_is_that_of_sample():
     model = DiT.from_pretrained(LAPTOP)
-    noise, y = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
-    with torch.no_grad():
-        z, runs = sampling.integrate(model, y, noise, 7, 3.0)
-    plain = sample.sample_conditional_cfg(model, y, 7, 3.0, noise)
-    torch.testing.assert_close(z, plain, atol=1e-3, rtol=1e-3)
-    assert runs == 14
     pictures, runs = sampling.samples(model, 1, seed=5, steps=2, eta=0.7)
     same = sample.generate(model, torch.arange(75), seed=5, steps=2, eta=0.7)
     assert torch.equal(pictures, torch.cat(list(same))) and runs == 4
+    # A special way begins with the same noise: a single step of Heun's is one of Euler's.
+    pictures, runs = sampling.samples(model, 1, seed=5, steps=1, heun=True)
+    same = sample.generate(model, torch.arange(75), seed=5, steps=1)
+    assert torch.equal(pictures, torch.cat(list(same))) and runs == 2
 
 
+# How often the network runs in four steps, and at which t.
 WAYS = [
-    ({"scale": 3.0}, 20),
-    ({"scale": 1.0}, 10),
-    ({"scale": 3.0, "interval": (0.25, 0.75)}, 15),  # with guidance at 0.7 0.6 0.5 0.4 0.3
-    ({"scale": 3.0, "heun": True}, 38),
+    ({}, 8, [1, 0.75, 0.5, 0.25]),
+    ({"scale": 1.0}, 4, [1, 0.75, 0.5, 0.25]),
+    ({"interval": (0.25, 0.75)}, 6, [1, 0.75, 0.5, 0.25]),
+    ({"shift": 3}, 8, [1, 0.9, 0.75, 0.5]),
+    ({"heun": True}, 14, [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]),
 ]
 
 
-@pytest.mark.parametrize("way, expected", WAYS)
-def test_evaluations_are_those_that_the_network_saw(way, expected):
-    model, y = Growth(), torch.zeros(5, dtype=torch.long)
-    _, runs = sampling.integrate(model, y, torch.ones(5, 3, 1, 1), steps=10, **way)
-    assert runs == expected and model.seen == expected * len(y)
+@pytest.mark.parametrize("way, expected, times", WAYS)
+def test_evaluations_are_those_that_the_network_saw(way, expected, times):
+    model, calls = DiT(16, 4, 16, 1, 2, ["a", "b"]), []
+    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
+    _, runs = sampling.samples(model, 3, seed=0, steps=4, **way)
+    assert runs == expected == sum(len(z) for z, _, _ in calls) / 6
+    assert [t[0].item() for _, t, _ in calls] == pytest.approx(times)
 
 
 def test_each_way_is_a_row_of_the_table(trained, pictures):
@@ -278,11 +330,9 @@ def test_each_way_is_a_row_of_the_table(trained, pictures):
 # Speed
 
 
-def test_speed_says_what_a_step_costs(tmp_path, monkeypatch):
-    for name in (*train.SETTINGS, "random_batch", "load_dataset", "tqdm"):
-        monkeypatch.setattr(train, name, getattr(train, name))  # put back afterwards
+def test_speed_says_what_a_step_costs(tmp_path, monkeypatch, constants):
     monkeypatch.setattr(speed, "SECONDS", 0.05)
-    run = [*SMALL, "--batch-size", "4", "--compile", "off"]
+    run = [*SMALL, "--batch-size", "4", "--compile", "off", "--steps", "3"]  # fewer than it takes
     out, _ = call("experiments.speed", *run, cwd=tmp_path)
     shares = [float(share) for share in re.findall(r"^ *([\d.]+)% ", out, re.MULTILINE)]
     assert sum(shares) == pytest.approx(100, abs=0.5) and shares[0] > 0  # of matrix products
@@ -290,17 +340,27 @@ def test_speed_says_what_a_step_costs(tmp_path, monkeypatch):
     assert f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters" in out
     (percent,) = re.findall(r"(\d+)% of the speed of a bare loop", out)
     assert 2 < int(percent) < 150 and " images/s" in out and " PFLOP, " in out
+    assert list(tmp_path.iterdir()) == []
     assert "begins anew" in refused("experiments.speed", "--resume", cwd=tmp_path)
 
 
 def test_operations_grow_with_the_network_as_they_should():
-    sizes = {"image_size": 64, "patch_size": 8, "dim": 256, "heads": 4, "conv_dim": 0}
-    two, four = (speed.flops_per_image({**sizes, "depth": depth}) for depth in (2, 4))
+    networks = (DiT(64, 8, 256, depth, 4, ["a", "b"]) for depth in (2, 4))
+    two, four = map(speed.flops_per_image, networks)
     # A block's matrices: 12 dim^2 weights for each of 64 tokens and 6 dim^2 for the condition.
     # Each weight is multiplied and added, forward and twice backward. Attention: two products.
     matrices = 6 * (64 * 12 + 6) * 256**2
     attention = 6 * 2 * 64 * 64 * 256
     assert (four - two) / 2 == pytest.approx(matrices + attention, rel=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_how_a_run_starts_is_measured(pictures, tmp_path, constants):
+    flags = ["start", *SMALL, "--batch-size", 4, "--dataset", pictures]
+    out, _ = call("experiments.many_pictures", *flags, cwd=tmp_path)
+    line = r"first step after [\d.]+ s, [\d.]+ GiB private, \d+ images/s\n"
+    assert re.fullmatch(line, out) and list(tmp_path.iterdir()) == []
+    assert "begins anew" in refused("experiments.many_pictures", *flags, "--resume", cwd=tmp_path)
 
 
 # The demo
