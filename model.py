@@ -35,6 +35,8 @@ MIN_T = 0.05
 class NetworkError(ValueError):
     """Sizes, a config or weights that do not make a network."""
 
+    mendable = True  # by the user: nanoDiT's scripts print it in one line
+
 
 def norm(x):
     """Layer norm over the last dimension, without learned parameters."""

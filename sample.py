@@ -8,7 +8,7 @@
     python sample.py --checkpoint you/butterflies   # a model from the Hub
 
 Prints the paths of the grid and of the animation. Without --output, the grid goes to
-samples/class-<ids>-seed-<seed>.png, or to a longer name if further flags decide what is in it.
+samples/class-<ids>-seed-<seed>.png, or to the next free name if there is such a file.
 --save-images DIR also writes each picture, as DIR/<class name>/<n>.png; DIR must be new, or empty.
 --cfg-scale is the guidance: by default the model's own, usually 3; 1 disables it. --eta is 0 for no
 fresh noise, the default, and up to 1 for as much as in DDPM.
@@ -16,22 +16,22 @@ fresh noise, the default, and up to 1 for as much as in DDPM.
 
 import argparse
 import difflib
+import itertools
 import math
 import re
 import unicodedata
-import zlib
 from pathlib import Path
 
 from support import settings
 from support.checkpoint import save_picture
 from support.machine import autocast, pick_device
-from support.settings import UserError, limited, png_path
+from support.settings import MAX_SEED, UserError, limited, png_path
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from model import DiT, NetworkError
+from model import DiT
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths bend gently
 MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
@@ -199,29 +199,17 @@ def parse_flags(arguments):
     which.add_argument("--class-id", type=int, nargs="+", metavar="ID", help="one row for each")
     which.add_argument("--class-name", nargs="+", metavar="NAME", help="case is ignored")
     which.add_argument("--list-classes", action="store_true", help="print ids and names, and exit")
-    parser.add_argument(
-        "--num-images", type=limited(int, 1), metavar="N", help="pictures per class"
-    )
+    parser.add_argument("--num-images", type=limited(int, 1), help="pictures per class")
     parser.add_argument("--checkpoint", default="out", metavar="MODEL", help="a folder or a Hub id")
-    parser.add_argument("--steps", type=limited(int, 1), help=f"Euler steps ({DEFAULT_STEPS})")
+    parser.add_argument("--steps", type=limited(int, 1), default=DEFAULT_STEPS, help="Euler steps")
     parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help="guidance")
-    parser.add_argument("--eta", type=limited(float, 0, 1), help="fresh noise, from 0 to 1 (DDPM)")
-    parser.add_argument(
-        "--seed", type=limited(int, 0, settings.MAX_SEED), default=0, help="of the noise"
-    )
+    parser.add_argument("--eta", type=limited(float, 0, 1), default=0, help="fresh noise, 0 to 1")
+    parser.add_argument("--seed", type=limited(int, 0, MAX_SEED), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
     return argparse.Namespace(**settings.parse(parser, arguments))
-
-
-def load_network(checkpoint):
-    """The network in a folder or at a Hub id, for a script. Raises UserError if there is none."""
-    try:
-        return DiT.from_pretrained(checkpoint)
-    except NetworkError as error:
-        raise UserError(error) from error
 
 
 def chosen_classes(flags, class_names):
@@ -245,17 +233,14 @@ def find_class(name, class_names):
     return forms.index(wanted)
 
 
-def name_grid(flags, class_ids):
-    """Where the grid goes: samples/class-3-seed-0.png, or a longer name if other flags decide what
-    is in it, so that no two requests write the same file."""
-    name = f"class-{'-'.join(map(str, class_ids)) or 'all'}-seed-{flags.seed}"
-    for flag in ("num_images", "steps", "cfg_scale", "eta", "checkpoint"):
-        if getattr(flags, flag) not in (None, "out"):
-            name += f"-{flag}-{getattr(flags, flag)}"
-    safe = re.sub(r"[^\w.-]", "-", name)[:100]
-    if safe != name:
-        safe += f"-{zlib.crc32(name.encode()):08x}"
-    return Path("samples", f"{safe}.png")
+def free_path(class_ids, seed):
+    """Where the grid goes: samples/class-3-seed-0.png or, so that no picture is overwritten,
+    samples/class-3-seed-0-2.png and so on."""
+    stem = f"class-{'-'.join(map(str, class_ids))[:80] or 'all'}-seed-{seed}"
+    path, numbers = Path("samples", f"{stem}.png"), itertools.count(2)
+    while path.exists():
+        path = path.with_name(f"{stem}-{next(numbers)}.png")
+    return path
 
 
 def folder_names(class_names):
@@ -270,7 +255,7 @@ def folder_names(class_names):
 def main(arguments=None):
     """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
     flags = parse_flags(arguments)
-    model = load_network(flags.checkpoint).to(pick_device(flags.device))
+    model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(model.class_names)))
         return
@@ -286,13 +271,13 @@ def main(arguments=None):
 
     # What is shown of each batch: its states for an animation, or else the last of them.
     shown = []
-    how = {"seed": flags.seed, "cfg_scale": flags.cfg_scale, "eta": flags.eta or 0}
-    for batch in generate_states(model, class_ids, steps=flags.steps or DEFAULT_STEPS, **how):
+    how = (flags.seed, flags.steps, flags.cfg_scale, flags.eta)
+    for batch in generate_states(model, class_ids, *how):
         states = [to_uint8(z) for z in batch]
         shown.append(states if flags.gif else states[-1:])
     frames = [torch.cat(parts) for parts in zip(*shown)]
 
-    output = flags.output or name_grid(flags, chosen)
+    output = flags.output or free_path(chosen, flags.seed)
     save_picture(to_grid(frames[-1], columns), output)
     print(output)
     if flags.gif:

@@ -279,7 +279,7 @@ def make_optimizer(network):
 def load_initial_weights(name, model):
     """Give `model` the weights of the trained network in a folder or at a Hub id; if its classes
     are others, the class embeddings stay random. Raises UserError if the sizes differ."""
-    trained = sample.load_network(name)
+    trained = DiT.from_pretrained(name)
     weights = trained.state_dict()
     if trained.class_names != model.class_names:
         print_once(f"{name} has other classes: the class embeddings start from random values")
@@ -401,8 +401,8 @@ def train(state, constants, init_from):
         progress = {"step": step, "seconds": time.perf_counter() - started, "log": rows}
         progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
         weights = {"model": model.state_dict(), "ema": ema.state_dict()}
-        moments = {"optimizer": optimizer.state_dict(), "optimizer_is": type(optimizer).__name__}
-        new_state = {**of_the_file, **data, **progress, **weights, **moments}
+        weights["optimizer"] = optimizer.state_dict()
+        new_state = {**of_the_file, **data, **progress, **weights}
         checkpoint.save_checkpoint(out, ema, new_state)
         hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 

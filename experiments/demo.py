@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 import sample
+from model import DiT
 
 CHECKPOINT = "assets/butterflies"  # a Space may name a Hub id here
 MAX_PICTURES = 16  # at once; the page shows a batch, of at most sample.MAX_BATCH, as one grid
@@ -119,7 +120,7 @@ def main():
     parser.add_argument("--device", default="auto", metavar="NAME", help=text)
     flags = parser.parse_args()
     import_gradio()  # if it is missing, now is the time to say so
-    model = sample.load_network(flags.checkpoint).to(pick_device(flags.device))
+    model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
     page = build_page(model, flags.checkpoint)
     try:
         page.launch(server_port=flags.port, show_error=True)

@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.drawn import draw_butterflies
-from sample import DEFAULT_STEPS, generate, load_network
+from model import DiT
+from sample import DEFAULT_STEPS, generate
 
 HEADS = (5, 5, 3)  # how many colours, patterns and shapes there are
 
@@ -96,7 +97,7 @@ def main():
     text = "seed of the noise (default: %(default)s)"
     parser.add_argument("--seed", type=limited(int, 0, MAX_SEED), default=0, metavar="N", help=text)
     flags = parser.parse_args()
-    model = load_network(flags.checkpoint)
+    model = DiT.from_pretrained(flags.checkpoint)
     drawings, classes, names = draw_butterflies(10, 64, seed=2)
     if model.class_names != names or model.image_size != 64:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies of 64x64 pixels")

@@ -17,6 +17,7 @@ import torch
 import sample
 from data.drawn import draw_butterflies
 from experiments.plot_loss import pyplot, save_figure
+from model import DiT
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CLASS_ID = 6  # the drawn butterfly of (b)
@@ -116,7 +117,7 @@ def main():
     parser.add_argument("--output", type=png_path, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
     plt = pyplot()
-    model = sample.load_network(flags.checkpoint)
+    model = DiT.from_pretrained(flags.checkpoint)
     images, labels, class_names = draw_butterflies(1, model.image_size, seed=7)
     if model.class_names != class_names:
         raise UserError(f"{flags.checkpoint} was not trained on drawn butterflies")

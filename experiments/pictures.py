@@ -16,6 +16,7 @@ import torch
 
 import sample
 from data.drawn import draw_butterflies
+from model import DiT
 
 COLUMNS = 11  # states of a picture that the strip shows
 
@@ -27,7 +28,7 @@ def main():
     assets = Path("assets")
     parser.add_argument("--output", type=Path, default=assets, metavar="FOLDER", help=text)
     flags = parser.parse_args()
-    model = sample.load_network(flags.checkpoint)
+    model = DiT.from_pretrained(flags.checkpoint)
 
     drawn, _, _ = draw_butterflies(1, 64, seed=0)
     path = flags.output / "drawn.png"

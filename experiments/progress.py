@@ -12,7 +12,7 @@ from support.settings import UserError, new_parser, png_path, run_command
 
 from PIL import Image
 
-from sample import load_network
+from model import DiT
 
 BORDER = 2  # pixels between the pictures of a grid: the padding of torchvision's make_grid
 
@@ -36,7 +36,7 @@ def main():
     output = Path("progress.png")
     parser.add_argument("--output", type=png_path, default=output, metavar="PNG", help=text)
     flags = parser.parse_args()
-    image_size = load_network(flags.run).image_size
+    image_size = DiT.from_pretrained(flags.run).image_size
     grids = []
     for step in flags.steps:
         path = flags.run / "samples" / f"step-{step:06}.png"

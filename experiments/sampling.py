@@ -27,6 +27,7 @@ import sample
 from data.drawn import draw_butterflies
 from data.images import load_images
 from experiments.score import SIZE, features, kernel_distance, resized
+from model import DiT
 
 # Arguments of samples(). Where a row says nothing else, there are 25 steps with the network's own
 # guidance.
@@ -143,7 +144,7 @@ def main():
     seed = limited(int, 0, MAX_SEED)
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0], metavar="N", help=text)
     flags = parser.parse_args()
-    model = sample.load_network(flags.checkpoint)
+    model = DiT.from_pretrained(flags.checkpoint)
     real = features(load_real(flags, model))
     count = flags.samples * model.num_classes
     seeds = " ".join(map(str, flags.seeds))

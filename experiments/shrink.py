@@ -13,7 +13,7 @@ from support.checkpoint import read_log
 from support.hub import write_card
 from support.settings import UserError, limited, new_parser, run_command
 
-from sample import load_network
+from model import DiT
 
 
 def copy_grid(run, output):
@@ -34,7 +34,7 @@ def main():
         raise UserError(f"{flags.output} exists: choose another folder")
     if not flags.run.is_dir():
         raise UserError(f"{flags.run} is not a folder")
-    model = load_network(flags.run)
+    model = DiT.from_pretrained(flags.run)
     if flags.cfg_scale is not None:
         model.cfg_scale = flags.cfg_scale
 

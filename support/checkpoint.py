@@ -104,7 +104,7 @@ def load_state(path):
     """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = ("constants", "counts", "log", "loss_sum", "optimizer_is", "settings")
+        needed = ("constants", "counts", "log", "loss_sum", "settings")
         return {name: state[name] for name in (*needed, *state)}
     except Exception as error:  # a damaged file may raise anything
         message = f"{path} is missing, damaged, or no state of a run"
@@ -130,12 +130,9 @@ def resumed_settings(state, constants, flags, fixed, out):
 
 def restore_state(state, model, ema, optimizer):
     """Load the weights and the optimizer's moments from a state. Raises UserError if they are of
-    other classes, of another network, or of another optimizer."""
+    other classes, of another network, or of other groups of weights."""
     if model.class_names != state["class_names"]:
         raise UserError("--resume: the classes of the data set are not those of the original run")
-    saved, present = state["optimizer_is"], type(optimizer).__name__
-    if saved != present:
-        raise UserError(f"--resume: train_state.pt is of {saved}; train.py has {present}")
     # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
     for old, new in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
         weights = old["params"]

@@ -33,14 +33,16 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 class UserError(Exception):
     """An error that the user can mend: the scripts print it as one line, and exit with status 2."""
 
+    mendable = True  # as NetworkError in model.py, which imports nothing of ours
+
 
 # Errors
 
 
 def run_command(main, if_out_of_memory="close other programs"):
-    """Call main(). A UserError, a disk that cannot be written, or too little memory becomes one
-    line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback. As a
-    disk's error may come from a line that you have just added, that line is named."""
+    """Call main(). A mendable error, a disk that cannot be written, or too little memory becomes
+    one line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback. As
+    a disk's error may come from a line that you have just added, that line is named."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this: >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -50,15 +52,15 @@ def run_command(main, if_out_of_memory="close other programs"):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message, name = str(error), errno.errorcode.get(getattr(error, "errno", None))
+    except Exception as error:
+        message = str(error)
         # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is alike.
         if isinstance(error, MemoryError) or any(text in message for text in OUT_OF_MEMORY):
             message = f"out of memory: {if_out_of_memory} ({message})"
-        elif not isinstance(error, UserError):
-            if name not in CANNOT_WRITE:
-                raise
+        elif errno.errorcode.get(getattr(error, "errno", None)) in CANNOT_WRITE:
             message += f" ({place_of(error)})"
+        elif not getattr(error, "mendable", False):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -107,8 +109,6 @@ def parse(parser, arguments, presets=()):
 
 def number(text):
     """An argparse type: an int if the value is whole (even 1e4), otherwise a float."""
-    if text.lstrip("-").isdecimal():
-        return int(text)
     value = float(text)  # argparse reports a ValueError
     return int(value) if value.is_integer() else value
 

@@ -288,7 +288,6 @@ def two_groups(parameters, lr, **options):
 @pytest.mark.parametrize(
     "own, words",
     [
-        (torch.optim.Adam, "train_state.pt is of AdamW; train.py has Adam"),
         (two_groups, "other groups of weights: "),
     ],
 )

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 from support.settings import UserError
 
@@ -143,29 +144,14 @@ def test_grids_of_single_pictures_are_wide(n, columns, rows):
 # Files
 
 
-def named(*flags):
-    """The path of the grid that a command line without --output asks for."""
-    flags = sample.parse_flags([str(flag) for flag in flags])
-    return str(sample.name_grid(flags, flags.class_id or []))
-
-
-MANY = list(range(40))  # classes: more than a file's name can list
-MODELS = ["model", "a/model", "b/model", "a-model", "steps-3", "model-steps-3"]
-REQUESTS = [["--checkpoint", name] for name in (*MODELS, "n" * 300, "n" * 301)]
-REQUESTS += [["--class-id", *ids] for ids in ([3], [3, 4], [34], [*MANY, 41], [*MANY, 42])]
-REQUESTS += [["--cfg-scale", scale] for scale in (0, 3, 3.0000001)]
-REQUESTS += [[], ["--seed", 1], ["--num-images", 5], ["--steps", 3], ["--eta", 0.5]]
-REQUESTS += [["--checkpoint", "model", "--steps", 3]]
-
-
-def test_different_requests_never_write_one_file():
-    names = {}
-    for request in REQUESTS:
-        name = named(*request)
-        assert name not in names, (request, names[name])
-        assert name.startswith("samples") and name.count(".png") == 1 and len(name) < 130
-        names[name] = request
-    assert named("--cfg-scale", 3) == named("--cfg-scale", "3.0")
+def test_no_grid_overwrites_another(trained, tmp_path):
+    command = ["sample", "--checkpoint", trained / "out", "--class-id", 2, "--steps", 1]
+    paths = [call(*command, "--gif", cwd=tmp_path)[0].split()[0] for _ in range(3)]
+    stems = [Path(path).stem for path in paths]
+    assert stems == ["class-2-seed-0", "class-2-seed-0-2", "class-2-seed-0-3"]
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+    many = sample.free_path(range(500), seed=2**32 - 1)  # more than a file's name can list
+    assert len(many.name) < 130
 
 
 def test_all_pictures_are_saved_one_by_one_and_are_the_grids(trained, tmp_path, monkeypatch):
