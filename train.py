@@ -155,13 +155,6 @@ def random_batch(images, labels, train_ids, num_classes, step):
     return x, y, t, noise
 
 
-def micro_batches(batch, rank, world_size):
-    """The share of one process in a batch, which all of them have drawn alike, in up to ACCUMULATE
-    parts: a list of (x, y, t, noise)."""
-    slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
-    return list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
-
-
 def held_out(labels):
     """Which pictures are for validation: a mask (N,) of every twentieth, in the order of classes,
     or of fewer where that would be more than about 1,000. Classes of fewer than four pictures
@@ -235,9 +228,11 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
         # that it is no stream of a batch.
         torch.manual_seed(sample.stream(SEED, -(step * world_size + rank)))
 
-        # The gradients of the parts, in all processes, add up to that of the whole batch.
+        # All processes draw the same batch. The gradients of their slices, each of which is cut into
+        # up to ACCUMULATE parts, add up to that of the whole.
         batch = random_batch(images, labels, train_ids, ema.num_classes, step)
-        parts = micro_batches(batch, rank, world_size)
+        slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
+        parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
         step_loss = torch.zeros((), device=device)
         for number, part in enumerate(parts, 1):
             x, y, t, noise = to_device(part, device)
@@ -373,12 +368,10 @@ def train(state, constants, init_from):
     loss_sum, loss_count = torch.zeros((), device=device), 0  # since the last row
     counts = labels.bincount().tolist()  # pictures in each class
     if state:
-        if counts != state["counts"]:
-            print_once("the pictures have changed since the run began: others are held out now")
         if state["settings"]["STEPS"] != STEPS:
             rate = LEARNING_RATE * learning_rate_factor(state["step"] + 1)
             print_once(f"the run has {STEPS} steps now: the learning rate goes on at {rate:.2g}")
-        checkpoint.restore_state(state, model, ema, optimizer)
+        checkpoint.restore_state(state, model, ema, optimizer, counts)
         steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
         loss_sum, loss_count = state["loss_sum"].to(device), state["loss_count"]
     precision = "bf16" if machine.uses_bf16(device, PRECISION) else "fp32"
@@ -409,8 +402,8 @@ def train(state, constants, init_from):
     # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
     started = time.perf_counter() - seconds_before
     if master and not state:
-        old = [out / "log.csv", out / "grid.png", *out.glob("samples/step-*.png")]
-        for file in old:  # of an overwritten run
+        # What is left of an overwritten run.
+        for file in (out / "log.csv", out / "grid.png", *out.glob("samples/step-*.png")):
             file.unlink(missing_ok=True)
         save(step=0)  # from here on --resume works
 

@@ -7,12 +7,19 @@ other weights: compare curves within a panel. Where held-out pictures have a hig
 ones, the network overfits. Needs matplotlib.
 """
 
+import csv
 import os
 import re
 from pathlib import Path
 
-from support.checkpoint import read_log, write_beside
+from support.checkpoint import write_beside
 from support.settings import UserError, new_parser, png_path, run_command
+
+
+def read_log(path):
+    """The rows {column: text} of a log.csv; none if there is no such file."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    return list(csv.DictReader(text.splitlines()))
 
 
 def pyplot():

@@ -9,10 +9,10 @@ To share it: hf upload you/butterflies assets/butterflies. (push_to_hub would do
 import shutil
 from pathlib import Path
 
-from support.checkpoint import read_log
 from support.hub import write_card
 from support.settings import UserError, limited, new_parser, run_command
 
+from experiments.plot_loss import read_log
 from model import DiT
 
 

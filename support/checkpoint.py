@@ -74,12 +74,6 @@ def write_log(path, rows):
     write_beside(path, write)
 
 
-def read_log(path):
-    """The rows {column: text} of a log.csv; none if there is no such file."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    return list(csv.DictReader(text.splitlines()))
-
-
 # The state
 
 
@@ -128,11 +122,14 @@ def resumed_settings(state, constants, flags, fixed, out):
     return changed
 
 
-def restore_state(state, model, ema, optimizer):
-    """Load the weights and the optimizer's moments from a state. Raises UserError if they are of
-    other classes, of another network, or of other groups of weights."""
+def restore_state(state, model, ema, optimizer, counts):
+    """Load the weights and the optimizer's moments from a state. counts: pictures in each class.
+    Raises UserError if the state is of other classes, of another network, or of other groups of
+    weights."""
     if model.class_names != state["class_names"]:
         raise UserError("--resume: the classes of the data set are not those of the original run")
+    if counts != state["counts"]:
+        print_once("the pictures have changed since the run began: others are held out now")
     # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
     for old, new in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
         weights = old["params"]
