@@ -171,8 +171,6 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         names = class_names if isinstance(class_names, (list, tuple)) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise NetworkError("class_names must be a list with one string per class")
-        if not isinstance(cfg_scale, (int, float)):
-            raise NetworkError(f"cfg_scale is {cfg_scale!r}, not a number")
         self.image_size = image_size
         self.class_names = list(class_names)
         self.dataset = dataset

@@ -15,7 +15,6 @@ fresh noise, the default, and up to 1 for as much as in DDPM.
 """
 
 import argparse
-import difflib
 import itertools
 import math
 import re
@@ -144,8 +143,7 @@ def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=Non
     Yields, for each batch, what euler_states does. The default guidance is the model's own. A
     picture's noise depends only on the seed and on its place among the class ids.
     """
-    if cfg_scale is None:
-        cfg_scale = model.cfg_scale
+    cfg_scale = model.cfg_scale if cfg_scale is None else cfg_scale
     device = next(model.parameters()).device
     batch_size = MAX_BATCH if device.type == "cpu" else 4 * MAX_BATCH
     class_ids = torch.as_tensor(class_ids)
@@ -176,8 +174,7 @@ def to_uint8(x):
 
 def to_grid(pictures, columns=None):
     """uint8 (N,3,S,S) as one PIL image; without `columns`, about three times as wide as high."""
-    if columns is None:
-        columns = math.ceil(math.sqrt(3 * len(pictures)))
+    columns = columns or math.ceil(math.sqrt(3 * len(pictures)))
     return to_pil_image(make_grid(pictures, nrow=columns))
 
 
@@ -227,9 +224,7 @@ def find_class(name, class_names):
     Unicode's ways. Raises UserError if there is no such class, or several."""
     wanted, *forms = [unicodedata.normalize("NFC", n).casefold() for n in (name, *class_names)]
     if forms.count(wanted) != 1:
-        near = [class_names[forms.index(form)] for form in difflib.get_close_matches(wanted, forms)]
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes{hint}')
+        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes')
     return forms.index(wanted)
 
 

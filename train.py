@@ -63,6 +63,7 @@ STEPS = 25000  # optimizer steps of the whole run
 BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
+BETAS = (0.9, 0.95)  # of AdamW: decay of its averages of gradients, and of their squares
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
 LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
@@ -202,8 +203,7 @@ def update_ema(ema, model, step):
     """Move the averaged weights towards the model's. Early on the average spans fewer steps;
     otherwise the random initial weights would linger in it."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters()):
-        average.lerp_(weight, 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for buffer, newest in zip(ema.buffers(), model.buffers()):  # of a batch norm, if you add one
         buffer.copy_(newest)
 
@@ -228,8 +228,8 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
         # that it is no stream of a batch.
         torch.manual_seed(sample.stream(SEED, -(step * world_size + rank)))
 
-        # All processes draw the same batch. The gradients of their slices, each of which is cut into
-        # up to ACCUMULATE parts, add up to that of the whole.
+        # All processes draw the same batch. The gradients of their slices, each of them cut into up
+        # to ACCUMULATE parts, add up to that of the whole.
         batch = random_batch(images, labels, train_ids, ema.num_classes, step)
         slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
         parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
@@ -260,15 +260,13 @@ def make_network(class_names, dataset=""):
     try:
         return DiT(class_names=class_names, dataset=dataset, **sizes)
     except NetworkError as error:
-        listed = ", ".join(f"{name} {globals()[name]}" for name in MODEL_SETTINGS)
-        raise UserError(f"{error} (of {listed})") from error
+        raise UserError(f"{error}: change {', '.join(MODEL_SETTINGS)}") from error
 
 
 def make_optimizer(network):
-    """AdamW; the schedule is a factor on the learning rate of each of its groups."""
-    return torch.optim.AdamW(
-        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True
-    )
+    """AdamW without weight decay. The schedule multiplies the learning rate of each group."""
+    weights, options = network.parameters(), {"weight_decay": 0, "fused": True}
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=BETAS, **options)
 
 
 def load_initial_weights(name, model):
@@ -377,8 +375,8 @@ def train(state, constants, init_from):
     precision = "bf16" if machine.uses_bf16(device, PRECISION) else "fp32"
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
-    times = f"each of the others is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times"
-    print_once(f"{len(images)} pictures, {len(val_ids)} of them held out; {times}")
+    print_once(f"{len(images)} pictures, {len(val_ids)} of them held out")
+    print_once(f"each picture trained on is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
 
     pays = machine.compiling_pays(device, parameters, STEPS * BATCH_SIZE)
@@ -403,7 +401,7 @@ def train(state, constants, init_from):
     started = time.perf_counter() - seconds_before
     if master and not state:
         # What is left of an overwritten run.
-        for file in (out / "log.csv", out / "grid.png", *out.glob("samples/step-*.png")):
+        for file in (out / "log.csv", *out.glob("samples/step-*.png")):
             file.unlink(missing_ok=True)
         save(step=0)  # from here on --resume works
 
@@ -465,10 +463,9 @@ def train(state, constants, init_from):
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and drawing:
-                classes = range(len(class_names))[:75]
-                drawn = torch.cat(list(sample.generate(ema, classes, seed=SEED)))
-                for name in (f"samples/step-{step:06}.png", "grid.png"):
-                    checkpoint.save_picture(sample.to_grid(drawn), out / name)
+                pictures = [*sample.generate(ema, range(len(class_names))[:75], SEED)]
+                path = out / "samples" / f"step-{step:06}.png"
+                checkpoint.save_picture(sample.to_grid(torch.cat(pictures)), path)
 
             if master and saving:
                 save(step)

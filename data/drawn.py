@@ -7,6 +7,7 @@ ellipse that may taper; a pattern is a condition on the position within the wing
 by drawing four points a pixel and averaging.
 """
 
+import itertools
 import math
 
 import torch
@@ -19,9 +20,7 @@ SHAPES = {
     "round": {"fore": (38, 0.90, 0.44, 0.0), "hind": (-36, 0.76, 0.40, 0.0)},
     "tailed": {"fore": (42, 0.92, 0.38, -0.4), "hind": (-50, 0.66, 0.34, 0.0)},
 }
-CLASS_NAMES = [
-    f"{colour}-{pattern}-{shape}" for colour in HUES for pattern in PATTERNS for shape in SHAPES
-]
+CLASS_NAMES = ["-".join(parts) for parts in itertools.product(HUES, PATTERNS, SHAPES)]
 DARK, CREAM = (0.10, 0.07, 0.06), (0.98, 0.94, 0.82)
 SUPERSAMPLING = 2  # points along each side of a pixel
 CHUNK = 8  # pictures drawn at a time, few enough to stay in a processor's cache

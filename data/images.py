@@ -15,10 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.hub import HUB_ID, download
+from support.hub import HUB_ID
 from support.settings import UserError, print_once
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageCms, ImageOps
 from safetensors import safe_open
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -28,9 +29,7 @@ from data.drawn import draw_butterflies
 from data.folders import LABEL_COLUMNS, find_column, find_pictures
 
 with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
+    import pillow_heif.HeifImagePlugin  # noqa: F401
 
 ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
 # Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
@@ -93,9 +92,12 @@ def read_dataset(name, image_size):
     on_the_hub = is_id and not folder.exists()
     if on_the_hub:
         try:
-            folder = download(name, repo_type="dataset", ignore_patterns=IGNORED.split())
-        except UserError as error:
-            raise UserError(f"{error}; try --preset laptop, or --dataset FOLDER") from error
+            folder = Path(
+                snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED.split())
+            )
+        except Exception as error:  # of whichever library makes the requests, its proxies and so on
+            hint = "try --preset laptop, or --dataset FOLDER"
+            raise UserError(f"cannot download {name} from the Hub: {error}; {hint}") from error
     elif not folder.is_dir():
         raise UserError(f"no such folder: {name} (if it is an archive, unpack it)")
 
@@ -108,8 +110,8 @@ def read_dataset(name, image_size):
     class_names = list(classes)
     if class_names == [folder.resolve().name]:  # on the Hub, a commit's hash
         class_names = [Path(name).resolve().name]
-    pictures = read_all(items, open_picture, image_size, class_names, passed_over)
-    return class_names, len(items), pictures
+    reading = read_all(items, open_picture, image_size, class_names, passed_over)
+    return class_names, len(items), reading
 
 
 def read_all(items, open_picture, image_size, class_names, passed_over):

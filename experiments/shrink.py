@@ -17,10 +17,11 @@ from model import DiT
 
 
 def copy_grid(run, output):
-    """Copy the newest grid of a run, if it has one, to where the card shows it."""
-    grids = [*sorted(run.glob("samples/step-*.png")), *run.glob("grid.png")]
+    """Copy the newest grid of a run, if it has one, which the card shows."""
+    grids = sorted(run.glob("samples/step-*.png"), key=lambda path: (len(path.name), path.name))
     if grids:
-        shutil.copy(grids[-1], output / "grid.png")
+        (output / "samples").mkdir()
+        shutil.copy(grids[-1], output / "samples")
 
 
 def main():

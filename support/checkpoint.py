@@ -98,8 +98,7 @@ def load_state(path):
     """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        needed = ("constants", "counts", "log", "loss_sum", "settings")
-        return {name: state[name] for name in (*needed, *state)}
+        return {name: state[name] for name in ("constants", "counts", "log", "settings", *state)}
     except Exception as error:  # a damaged file may raise anything
         message = f"{path} is missing, damaged, or no state of a run"
         raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error
@@ -117,8 +116,7 @@ def resumed_settings(state, constants, flags, fixed, out):
         if changed[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
     for name in sorted(edited.keys() - flags.keys()):
-        how = f"it is {edited[name]!r} now, not {saved[name]!r}"
-        print_once(f"{name} was edited in train.py: {how}")
+        print_once(f"{name} was edited: it is {edited[name]!r} now, not {saved[name]!r}")
     return changed
 
 

@@ -104,9 +104,8 @@ def rehearse(model, *arguments, **options):
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         out = model.forward(*arguments, **options)
-        if out.requires_grad:
-            weights = [weight for weight in model.parameters() if weight.requires_grad]
-            torch.autograd.grad(out.sum(), weights, allow_unused=True)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        torch.autograd.grad(out.sum(), weights, allow_unused=True)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 

@@ -1,7 +1,6 @@
 """Settings: constants become flags, values have limits, and a mistake is one line."""
 
 import argparse
-import difflib
 import errno
 import json
 import os
@@ -43,9 +42,6 @@ def run_command(main, if_out_of_memory="close other programs"):
     """Call main(). A mendable error, a disk that cannot be written, or too little memory becomes
     one line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback. As
     a disk's error may come from a line that you have just added, that line is named."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this: >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
@@ -91,20 +87,15 @@ def new_parser(description, **options):
 
 def parse(parser, arguments, presets=()):
     """{name: value} of the flags in `arguments`, or in the command line if they are None; none in a
-    notebook, where that is the kernel's. --preset stands for a line of flags: others override it.
-    An unknown flag is an error that names the one that was perhaps meant."""
+    notebook, where that is the kernel's. --preset stands for a line of flags; others override it.
+    """
     if arguments is None:
-        in_notebook = "kernel" in Path(sys.argv[0]).name  # ipykernel_launcher.py and the like
-        arguments = [] if in_notebook else sys.argv[1:]
-    known, unknown = parser.parse_known_args(arguments)
-    preset = getattr(known, "preset", None)
-    if preset and not unknown:
-        known, unknown = parser.parse_known_args([*presets[preset].split(), *arguments])
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return vars(known)
+        # A notebook is run by ipykernel_launcher.py or the like.
+        arguments = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
+    flags = vars(parser.parse_args(arguments))
+    if "preset" in flags:
+        flags = vars(parser.parse_args([*presets[flags["preset"]].split(), *arguments]))
+    return flags
 
 
 def number(text):
@@ -130,10 +121,9 @@ def within_limits(value, kind, lowest, highest):
 
 def png_path(text):
     """An argparse type: the path of a .png file, which need not exist."""
-    path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
-    return path
+    return Path(text).expanduser()
 
 
 def add_setting_flags(parser, settings, source_file):

@@ -174,8 +174,9 @@ def test_what_is_shared_has_the_card_of_the_run(trained, tmp_path):
     call("experiments.shrink", run, shared, cwd=tmp_path)
     card = (shared / "README.md").read_text("utf-8")
     loss = float(rows(run)[-1]["val_loss"])
-    assert f"30 steps (held-out loss: {loss:.4f})" in card and "](grid.png)" in card
-    assert (shared / "grid.png").read_bytes() == (run / "grid.png").read_bytes()
+    assert f"30 steps (held-out loss: {loss:.4f})" in card and "](samples/step-000030.png)" in card
+    grid = "samples/step-000030.png"
+    assert (shared / grid).read_bytes() == (run / grid).read_bytes()
 
     # A network without a log or a grid, such as a downloaded one.
     call("experiments.shrink", LAPTOP, tmp_path / "other", cwd=tmp_path)

@@ -170,7 +170,6 @@ IMPOSSIBLE = [
     ({"conv_dim": -1}, "conv_dim is -1, not a whole number from 0"),
     ({"conv_dim": 8.5}, "conv_dim is 8.5, not a whole number from 0"),
     ({"conv_dim": 8, "image_size": 15, "patch_size": 3}, "conv_dim 8 needs an even patch_size"),
-    ({"cfg_scale": "3"}, "cfg_scale is '3'"),
     ({"class_names": ["a", 2]}, "class_names"),
 ]
 

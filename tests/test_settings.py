@@ -350,7 +350,7 @@ def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures,
 
 def test_a_resumed_run_takes_optimizer_and_columns_of_the_file(use, trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
-    betas = ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)")
+    betas = ("BETAS = (0.9, 0.95)", "BETAS = (0.8, 0.95)")
     use(edited(tmp_path, "train.py", betas, OWN_COLUMN))
     call("train", "--resume", "--steps", 31, cwd=tmp_path)
     assert saved_settings(tmp_path)["BATCH_SIZE"] == 8  # the run's, not the file's
@@ -367,8 +367,8 @@ def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, tra
     more = ["BATCH_SIZE = 32 ", "BATCH_SIZE = 16 "]  # the run had 8, by a flag
     use(edited(tmp_path, "train.py", *EDITS.items(), more))
     out, _ = call("train", "--resume", "--steps", 31, "--label-drop", 0.3, cwd=tmp_path)
-    assert "LEARNING_RATE was edited in train.py: it is 0.001 now, not 0.002" in out
-    assert "BATCH_SIZE was edited in train.py: it is 16 now, not 8" in out
+    assert "LEARNING_RATE was edited: it is 0.001 now, not 0.002" in out
+    assert "BATCH_SIZE was edited: it is 16 now, not 8" in out
     assert out.count("was edited") == 2  # a flag wins
     saved = saved_settings(tmp_path)
     assert [saved[name] for name in ("LEARNING_RATE", "LABEL_DROP", "BATCH_SIZE")] == [
