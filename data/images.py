@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of i
 ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
 # Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
 # without the Hub, a copy counts as complete if all but these are there.
-IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/* *.arrow *.parquet *.tar *.zip"
+IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid*/* *.arrow *.parquet *.tar *.zip".split()
 SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -92,9 +92,7 @@ def read_dataset(name, image_size):
     on_the_hub = is_id and not folder.exists()
     if on_the_hub:
         try:
-            folder = Path(
-                snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED.split())
-            )
+            folder = Path(snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED))
         except Exception as error:  # of whichever library makes the requests, its proxies and so on
             hint = "try --preset laptop, or --dataset FOLDER"
             raise UserError(f"cannot download {name} from the Hub: {error}; {hint}") from error
