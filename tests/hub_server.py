@@ -28,6 +28,7 @@ class Hub:
 
     def __init__(self, repositories):
         self.repositories, self.asked = repositories, []
+        self.broken = None  # a word in the paths of files that it then fails to send
         handler = type("HandlerOfOne", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -52,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.describe(path, name, folder)
             if path.startswith(f"{name}/resolve/"):
                 file = folder / path.removeprefix(f"{name}/resolve/").split("/", 1)[1]
+                if self.hub.broken and self.hub.broken in path:
+                    return self.refuse(403)
                 if file.is_file():
                     return self.answer(file.read_bytes())
                 return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})

@@ -202,6 +202,19 @@ def test_a_dataset_comes_from_the_hub_into_its_cache(serve, tmp_path, monkeypatc
     assert "21 pictures" in train_on("someone/pictures", work)
 
 
+def test_a_download_cut_short_is_not_trained_on(serve, tmp_path, monkeypatch):
+    for n in range(12):
+        save(solid(), tmp_path / "repository" / "abc"[n % 3] / f"{n}.png")
+    hub = serve({"datasets/you/pictures": tmp_path / "repository"})
+    hub.broken = "/c/"
+    train = ["train", *FEW, "--dataset", "you/pictures", "--steps", 1]
+    for _ in range(2):
+        _, err = call(*train, cwd=tmp_path, status=2)
+        assert "cannot download you/pictures from the Hub" in err.splitlines()[-1]
+        disconnect(monkeypatch, tmp_path)  # a part is in the cache, and there is no network
+    assert list(tmp_path.rglob("cache/**/a/*.png")) and not (tmp_path / "out/log.csv").exists()
+
+
 def test_a_flat_repository_is_a_class_of_its_own_name(serve, tmp_path):
     for n in range(12):
         save(solid(), tmp_path / "repository" / f"{n}.png")
