@@ -63,7 +63,6 @@ STEPS = 25000  # optimizer steps of the whole run
 BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
-BETAS = (0.9, 0.95)  # of AdamW: decay of its averages of gradients, and of their squares
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
 LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
@@ -213,8 +212,9 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
     latter two as scalars on the device: reading them makes the CPU wait.
 
     network: a DiT, which may be compiled, or wrapped by DistributedDataParallel. ema: its copy that
-    becomes the average. images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N. The loss
-    is the share of this process: the sum over all processes is the mean over the batch.
+    becomes the average. images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N, a tensor.
+    The loss is the share of this process: the sum over all processes is the mean over the batch. A
+    script that takes some steps sets constants as train.BATCH_SIZE = 8, or by apply_settings.
     """
     device = next(ema.parameters()).device
     rank, world_size = machine.processes()
@@ -260,13 +260,14 @@ def make_network(class_names, dataset=""):
     try:
         return DiT(class_names=class_names, dataset=dataset, **sizes)
     except NetworkError as error:
-        raise UserError(f"{error}: change {', '.join(MODEL_SETTINGS)}") from error
+        named = [name for name in MODEL_SETTINGS if name.lower() in str(error)]
+        raise UserError(f"{error}: change {' or '.join(named)}") from error
 
 
 def make_optimizer(network):
     """AdamW without weight decay. The schedule multiplies the learning rate of each group."""
-    weights, options = network.parameters(), {"weight_decay": 0, "fused": True}
-    return torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=BETAS, **options)
+    options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+    return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, **options)
 
 
 def load_initial_weights(name, model):
@@ -325,7 +326,7 @@ def main(arguments=None):
         options, flags = parse_flags(arguments)
         state = apply_settings(options, flags)
         if state and state["step"] >= STEPS:
-            print_once(f"{OUT_DIR} is finished; with more --steps the learning rate rises again")
+            print_once(f"{OUT_DIR} is finished: with more --steps, the learning rate rises again")
             return
         with checkpoint.the_only_run(Path(OUT_DIR)):
             train(state, settings.plain(constants), options.get("init_from"))
@@ -344,6 +345,7 @@ def train(state, constants, init_from):
     rank, world_size = machine.processes()
     master = rank == 0
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    torch.manual_seed(SEED)
 
     # Data: all pictures stay in the machine's memory; those held out are indices. As many of those
     # that are trained on are evaluated, too: a gap between the two losses is overfitting.
@@ -354,21 +356,19 @@ def train(state, constants, init_from):
     seen_ids = train_ids[torch.linspace(0, len(train_ids) - 1, count).long()]
 
     # Model, EMA and optimizer: new, initialised from trained weights, or resumed.
-    torch.manual_seed(SEED)
     dataset = Path(DATASET).resolve().name if Path(DATASET).exists() else DATASET
     model = make_network(class_names, dataset).to(device)
     if init_from:
         load_initial_weights(init_from, model)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(model)
-    steps_done, seconds_before = 0, 0.0
-    rows = []  # of the log
+    steps_done, seconds_before, rows = 0, 0.0, []  # rows of the log
     loss_sum, loss_count = torch.zeros((), device=device), 0  # since the last row
     counts = labels.bincount().tolist()  # pictures in each class
     if state:
         if state["settings"]["STEPS"] != STEPS:
             rate = LEARNING_RATE * learning_rate_factor(state["step"] + 1)
-            print_once(f"the run has {STEPS} steps now: the learning rate goes on at {rate:.2g}")
+            print_once(f"the run has {STEPS} steps now: the learning rate continues at {rate:.2g}")
         checkpoint.restore_state(state, model, ema, optimizer, counts)
         steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
         loss_sum, loss_count = state["loss_sum"].to(device), state["loss_count"]

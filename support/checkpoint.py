@@ -108,15 +108,16 @@ def resumed_settings(state, constants, flags, fixed, out):
     """The settings {name: value} with which a run goes on: its own, but for those that have been
     edited in train.py since, and for flags. fixed: names of what cannot change, or a UserError is
     raised. constants: those of train.py now."""
-    saved = {name: state["settings"].get(name, value) for name, value in constants.items()}
-    old = {**constants, **state["constants"]}
-    edited = {name: constants[name] for name in constants if constants[name] != old[name]}
+    saved = {name: value for name, value in state["settings"].items() if name in constants}
+    edited = {n: value for n, value in constants.items() if value != state["constants"].get(n)}
     changed = {**saved, **edited, **flags}
     for name in fixed:
-        if changed[name] != saved[name]:
+        if name in saved and changed[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
     for name in sorted(edited.keys() - flags.keys()):
-        print_once(f"{name} was edited: it is {edited[name]!r} now, not {saved[name]!r}")
+        print_once(f"{name} was edited: it is {edited[name]!r} now, not {saved.get(name)!r}")
+    for name in sorted(state["settings"].keys() - constants.keys()):
+        print_once(f"{name} is gone from train.py: the run had {state['settings'][name]!r}")
     return changed
 
 

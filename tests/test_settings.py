@@ -350,7 +350,7 @@ def test_layers_of_ones_own_resume_bit_for_bit_and_can_be_sampled(use, pictures,
 
 def test_a_resumed_run_takes_optimizer_and_columns_of_the_file(use, trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
-    betas = ("BETAS = (0.9, 0.95)", "BETAS = (0.8, 0.95)")
+    betas = ('"betas": (0.9, 0.95)', '"betas": (0.8, 0.95)')
     use(edited(tmp_path, "train.py", betas, OWN_COLUMN))
     call("train", "--resume", "--steps", 31, cwd=tmp_path)
     assert saved_settings(tmp_path)["BATCH_SIZE"] == 8  # the run's, not the file's
@@ -380,6 +380,15 @@ def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, tra
     assert "was edited" not in out and saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
     call("train", "--resume", "--steps", 33, cwd=tmp_path)
     assert saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
+
+
+def test_a_constant_that_came_or_went_since_the_run_began_is_named(use, trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    renamed = [("T_MEAN = 0.4", "T_MIDDLE = 0.5"), ("torch.sigmoid(T_MEAN +", "torch.sigmoid(T_MIDDLE +")]
+    use(edited(tmp_path, "train.py", *renamed))
+    out, _ = call("train", "--resume", "--steps", 31, cwd=tmp_path)
+    assert "T_MIDDLE was edited: it is 0.5 now, not None" in out
+    assert "T_MEAN is gone from train.py: the run had 0.4" in out
 
 
 @pytest.mark.parametrize("name, line", [("DIM", "DIM = 192"), ("SEED", "SEED = 0")])
