@@ -384,7 +384,10 @@ def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, tra
 
 def test_a_constant_that_came_or_went_since_the_run_began_is_named(use, trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
-    renamed = [("T_MEAN = 0.4", "T_MIDDLE = 0.5"), ("torch.sigmoid(T_MEAN +", "torch.sigmoid(T_MIDDLE +")]
+    renamed = [
+        ("T_MEAN = 0.4", "T_MIDDLE = 0.5"),
+        ("torch.sigmoid(T_MEAN +", "torch.sigmoid(T_MIDDLE +"),
+    ]
     use(edited(tmp_path, "train.py", *renamed))
     out, _ = call("train", "--resume", "--steps", 31, cwd=tmp_path)
     assert "T_MIDDLE was edited: it is 0.5 now, not None" in out
