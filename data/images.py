@@ -38,19 +38,24 @@ IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid*/* *.arrow *.parquet *.tar *
 SRGB = ImageCms.createProfile("sRGB")
 
 
-def load_dataset(name, image_size):
+def load_dataset(name, image_size, empty=torch.empty):
     """The pictures of a data set: "drawn", a packed file such as "pictures.safetensors", a folder,
     or else a Hub id such as "you/pictures". Returns what load_images returns. The Hub's files go
-    into the Hub's own cache. Raises UserError if there are no pictures of that name."""
+    into the Hub's own cache. empty: makes the tensor of pictures, of a shape and a dtype. Raises
+    UserError if there are no pictures of that name."""
+    if name == "drawn":
+        return draw_butterflies(54, image_size, seed=0)
     if name.endswith(".safetensors"):
         return load_packed(name, image_size)
-    class_names, count, pictures = read_dataset(name, image_size)
-    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
-    labels = []
-    for picture, label in pictures:
+    classes, passed_over, open_picture = find_dataset(name)
+    items = [(file, label) for label, files in enumerate(classes.values()) for file in files]
+    if not items:
+        raise UserError(f"no pictures in {name}")
+    images, labels = empty((len(items), 3, image_size, image_size), dtype=torch.uint8), []
+    for picture, label in read_all(items, open_picture, image_size, list(classes), passed_over):
         images[len(labels)] = picture
         labels.append(label)
-    return images[: len(labels)], torch.tensor(labels), class_names
+    return images[: len(labels)], torch.tensor(labels), list(classes)
 
 
 def load_images(folder, image_size):
@@ -77,16 +82,9 @@ def load_packed(path, image_size):
     return images, labels, class_names
 
 
-def read_dataset(name, image_size):
-    """Read a data set, other than a packed file, one picture after the other.
-
-    Returns the class names, how many pictures there are at most, and an iterator of (uint8
-    (3,S,S) picture, label), ordered by label. At its end it says what was passed over, and raises
-    UserError if a class has no picture.
-    """
-    if name == "drawn":
-        images, labels, class_names = draw_butterflies(54, image_size, seed=0)
-        return class_names, len(images), zip(images, labels.tolist())
+def find_dataset(name):
+    """The pictures of a folder, or of a data set on the Hub: {class name: its files}, a Counter of
+    what is passed over, and a function that opens a file."""
     folder = Path(os.path.expanduser(name))
     is_id = re.fullmatch(HUB_ID, name, re.ASCII) and folder.suffix not in ARCHIVES
     on_the_hub = is_id and not folder.exists()
@@ -100,16 +98,12 @@ def read_dataset(name, image_size):
         raise UserError(f"no such folder: {name} (if it is an archive, unpack it)")
 
     classes, passed_over = find_pictures(folder) if folder.is_dir() else ({}, {})
-    open_picture = Image.open
     # A few pictures beside archives are those of a description.
     if sum(map(len, classes.values())) < 10 and (on_the_hub or passed_over.keys() & ARCHIVES):
-        classes, passed_over, open_picture = open_with_datasets(name)
-    items = [(file, label) for label, files in enumerate(classes.values()) for file in files]
-    class_names = list(classes)
-    if class_names == [folder.resolve().name]:  # on the Hub, a commit's hash
-        class_names = [Path(name).resolve().name]
-    reading = read_all(items, open_picture, image_size, class_names, passed_over)
-    return class_names, len(items), reading
+        return open_with_datasets(name)
+    if list(classes) == [folder.resolve().name]:  # on the Hub, a commit's hash
+        classes = {Path(name).resolve().name: classes.popitem()[1]}
+    return classes, passed_over, Image.open
 
 
 def read_all(items, open_picture, image_size, class_names, passed_over):
