@@ -271,15 +271,22 @@ def make_optimizer(network):
 
 
 def load_initial_weights(name, model):
-    """Give `model` the weights of the trained network in a folder or at a Hub id; if its classes
-    are others, the class embeddings stay random. Raises UserError if the sizes differ."""
+    """Give `model` the weights of the trained network in a folder or at a Hub id. Of the class
+    embeddings, it gets those of classes with the same name, and that of the null class; others stay
+    as they are. Raises UserError if the sizes differ."""
     trained = DiT.from_pretrained(name)
     weights = trained.state_dict()
-    if trained.class_names != model.class_names:
-        print_once(f"{name} has other classes: the class embeddings start from random values")
-        weights["class_embedding.weight"] = model.class_embedding.weight
+    weights["class_embedding.weight"] = model.class_embedding.weight
     sizes = ", ".join(f"{size} {trained.config.get(size.lower())}" for size in MODEL_SETTINGS)
     checkpoint.load_into(model, weights, f"--init-from: {name} has {sizes}; this run differs")
+
+    embeddings, learned = model.class_embedding.weight.data, trained.class_embedding.weight.data
+    rows = {class_name: row for row, class_name in enumerate(trained.class_names)}
+    kept = [class_name for class_name in model.class_names if class_name in rows]
+    for class_name in kept:
+        embeddings[model.class_names.index(class_name)] = learned[rows[class_name]]
+    embeddings[-1] = learned[-1]  # of the null class
+    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}, others are new")
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.

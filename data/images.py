@@ -43,6 +43,8 @@ def load_dataset(name, image_size, empty=torch.empty):
     or else a Hub id such as "you/pictures". Returns what load_images returns. The Hub's files go
     into the Hub's own cache. empty: makes the tensor of pictures, of a shape and a dtype. Raises
     UserError if there are no pictures of that name."""
+    if not name.strip():
+        raise UserError("--dataset is empty: name a folder, a data set on the Hub, or drawn")
     if name == "drawn":
         return draw_butterflies(54, image_size, seed=0)
     if name.endswith(".safetensors"):

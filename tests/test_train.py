@@ -222,6 +222,11 @@ def test_a_second_training_into_a_folder_is_refused(trained, pictures, tmp_path)
     call("train", "--resume", "--steps", 32, cwd=tmp_path)
 
 
+def test_an_empty_name_of_a_data_set_is_refused(pictures):
+    line = refused("train", *FEW, "--dataset", "", "--steps", 1, cwd=pictures)
+    assert "--dataset is empty" in line
+
+
 # Beginning with the weights of a trained network
 
 STILL = [*FEW, "--steps", 1, "--learning-rate", 0]  # the weights stay as they begin
@@ -230,24 +235,25 @@ STILL = [*FEW, "--steps", 1, "--learning-rate", 0]  # the weights stay as they b
 def test_the_same_classes_begin_with_all_weights(trained, pictures, tmp_path):
     run = [*STILL, "--dataset", pictures, "--init-from", trained / "out"]
     out, _ = call("train", *run, cwd=tmp_path)
-    assert "random values" not in out
+    assert "3 of 3 classes are known to" in out
     begun = DiT.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in DiT.from_pretrained(trained / "out").state_dict().items():
         torch.testing.assert_close(begun[name], tensor, atol=1e-7, rtol=1e-6)
 
 
-def test_other_classes_get_new_class_embeddings_and_it_says_so(trained, tmp_path):
-    for name in ("moth", "owl"):
+def test_classes_of_the_same_name_and_the_null_class_keep_their_embeddings(trained, tmp_path):
+    for name in ("moth", NAMES[2], NAMES[0]):
         save(solid(), tmp_path / "other" / name / "1.png")
     run = [*STILL, "--dataset", "other", "--init-from", trained / "out"]
     out, _ = call("train", *run, cwd=tmp_path)
-    assert "class embeddings start from random values" in out
+    assert "2 of 3 classes are known to" in out
     begun = DiT.from_pretrained(tmp_path / "out")
-    assert begun.class_names == ["moth", "owl"]
+    assert begun.class_names == [NAMES[0], "moth", NAMES[2]]
     before = DiT.from_pretrained(trained / "out").state_dict()
     for name, tensor in begun.state_dict().items():
         if name == "class_embedding.weight":
-            assert tensor.shape == (3, 16) and not torch.equal(tensor, before[name][:3])
+            torch.testing.assert_close(tensor[[0, 2, 3]], before[name][[0, 2, 3]])
+            assert not any(torch.allclose(tensor[1], row, atol=1e-2) for row in before[name])
         else:
             torch.testing.assert_close(tensor, before[name], atol=1e-7, rtol=1e-6)
 
