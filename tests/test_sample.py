@@ -272,4 +272,4 @@ def test_main_runs_in_a_notebook(trained, monkeypatch, capsys):
     sample.main(["--list-classes"])
     assert len(capsys.readouterr().out.splitlines()) == 3
     sample.main()
-    assert "class-all-seed-0.png" in capsys.readouterr().out
+    assert "class-all-seed-0" in capsys.readouterr().out
