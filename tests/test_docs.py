@@ -15,7 +15,7 @@ import train
 from data.drawn import draw_butterflies
 from model import DiT
 
-PAGES = ["README.md", "experiments/RESULTS.md"]
+PAGES = ["README.md", "experiments/RESULTS.md", "experiments/notes.md"]
 COMMAND = r"(?:python|torchrun)(?: --[\w=]+)* (-m experiments\.\w+|[\w/]+\.py)([^`\n]*)"
 
 
