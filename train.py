@@ -351,7 +351,8 @@ def train(state, constants, init_from):
     machine.join_processes(device, BATCH_SIZE)
     rank, world_size = machine.processes()
     master = rank == 0
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     torch.manual_seed(SEED)
 
     # Data: all pictures stay in the machine's memory; those held out are indices. As many of those
