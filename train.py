@@ -141,14 +141,13 @@ def random_batch(images, labels, train_ids, num_classes, step):
     """
     # Drawn on the CPU, so that every process and every kind of device has the same batch.
     generator = torch.Generator().manual_seed(sample.stream(SEED, step))
-    indices = torch.randint(len(train_ids), (BATCH_SIZE,), generator=generator)
+    chosen = train_ids[torch.randint(len(train_ids), (BATCH_SIZE,), generator=generator)]
     flipped = torch.rand(BATCH_SIZE, generator=generator) < FLIP_SHARE
     dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROP
     n = torch.randn(BATCH_SIZE, generator=generator)
     noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
     t = torch.sigmoid(T_MEAN + T_STD * n).clamp_min(MIN_T)
 
-    chosen = train_ids[indices]
     x = images[chosen].float() / 127.5 - 1
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
     y = torch.where(dropped, num_classes, labels[chosen])

@@ -69,8 +69,10 @@ def walk(folder, passed_over, parents=()):
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
     splits = {split_of(path.name): path for path in sorted(paths) if path.is_dir()}
+    # Of seg_train beside seg_val, and train_masks, only the first has a partner.
     paired = {split.replace("*test", "*train") for split in splits if "*test" in split}
-    train = splits.get(min(splits.keys() & paired, default=None))  # rather than train_masks
+    paired = sorted(paired & splits.keys())
+    train = splits[paired[0]] if paired else None
     for path in sorted(paths, key=lambda path: path.name):
         if not path.is_dir():
             yield path
