@@ -15,7 +15,6 @@ fresh noise, the default, and up to 1 for as much as in DDPM.
 """
 
 import argparse
-import difflib
 import itertools
 import math
 import re
@@ -225,9 +224,7 @@ def find_class(name, class_names):
     Unicode's ways. Raises UserError if there is no such class, or several."""
     wanted, *forms = [unicodedata.normalize("NFC", n).casefold() for n in (name, *class_names)]
     if forms.count(wanted) != 1:
-        near = [class_names[forms.index(form)] for form in difflib.get_close_matches(wanted, forms)]
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes{hint}')
+        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes')
     return forms.index(wanted)
 
 

@@ -2,7 +2,8 @@
 
 Only names are looked at. There are three rules, in this order:
 
-1. Of train beside test (Training_set, seg_val, ...), train counts.
+1. Of train beside test (Training_set, test_images, seg_val, ...), train counts. A folder that
+   begins with a word for testing is never a class: among others, without train, it is refused.
 2. A folder that holds all pictures, or most, is a wrapper: look inside it. Several folders are the
    classes.
 3. Where there are no folders inside, a CSV file may label the pictures; without one they are one
@@ -25,8 +26,8 @@ LABEL_COLUMNS = "label labels class classname category species breed target"
 
 # Hidden, the system's, and the grids that train.py and sample.py draw.
 SKIPPED = re.compile(r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class-.*-seed)-")
-TRAIN = re.compile(r"(?<![a-z])train(ing)?([\W_]*set)?(?![a-z])")
-TEST = re.compile(r"(?<![a-z])(test(ing)?|val(id|idation)?|dev|eval)([\W_]*set)?(?![a-z])")
+TRAIN = re.compile(r"(?<![a-z])train(ing|val)?([\W_]*set)?(?![a-z])")
+TEST = re.compile(r"(?<![a-z])(test(ing)?|val(id(at\w+)?)?|dev|eval|holdout)([\W_]*set)?(?![a-z])")
 
 
 def find_pictures(folder):
@@ -51,6 +52,9 @@ def find_pictures(folder):
             raise UserError(f"{seen}: put all into folders, one per class, or all into one folder")
         passed_over["beside the folders"] += beside
         if len(folders) > 1:
+            tests = [name for name in folders if split_of(name) == "*test"]
+            if tests:
+                raise UserError(f"{root / tests[0]} is for testing, by its name: move it away")
             return folders, passed_over
         name, pictures = folders.popitem()
         root = root / name
@@ -68,8 +72,9 @@ def walk(folder, passed_over, parents=()):
     back to one of them."""
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
-    splits = {split_of(path.name): path for path in sorted(paths) if path.is_dir()}
-    # Of seg_train beside seg_val, and train_masks, only the first has a partner.
+    # Of train beside train_masks, the shorter name counts; of seg_train beside train, the one that
+    # has a partner such as seg_val.
+    splits = {split_of(path.name): path for path in sorted(paths, reverse=True) if path.is_dir()}
     paired = {split.replace("*test", "*train") for split in splits if "*test" in split}
     paired = sorted(paired & splits.keys())
     train = splits[paired[0]] if paired else None
@@ -89,8 +94,10 @@ def is_picture(path):
 
 
 def split_of(name):
-    """A name with its split marked: seg_*train for seg_train, seg_*test for seg_val."""
-    return TEST.sub("*test", TRAIN.sub("*train", name.lower()))
+    """A name with its split marked: *train for train_images, *test for test1, seg_*test for
+    seg_val."""
+    marked = TEST.sub("*test", TRAIN.sub("*train", name.lower()))
+    return re.match(r"\*(train|test)|", marked)[0] or marked
 
 
 def by_table(tables, pictures, passed_over):

@@ -100,8 +100,9 @@ def find_dataset(name):
         raise UserError(f"no such folder: {name} (if it is an archive, unpack it)")
 
     classes, passed_over = find_pictures(folder) if folder.is_dir() else ({}, {})
-    # A few pictures beside archives are those of a description.
-    if sum(map(len, classes.values())) < 10 and (on_the_hub or passed_over.keys() & ARCHIVES):
+    # A few pictures beside archives are those of a description, unless they are in classes.
+    archives = on_the_hub or (len(classes) < 2 and passed_over.keys() & ARCHIVES)
+    if sum(map(len, classes.values())) < 10 and archives:
         return open_with_datasets(name)
     if list(classes) == [folder.resolve().name]:  # on the Hub, a commit's hash
         classes = {Path(name).resolve().name: classes.popitem()[1]}

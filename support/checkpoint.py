@@ -116,8 +116,6 @@ def resumed_settings(state, constants, flags, fixed, out):
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
     for name in sorted(edited.keys() - flags.keys()):
         print_once(f"{name} was edited: it is {edited[name]!r} now, not {saved.get(name)!r}")
-    for name in sorted(state["settings"].keys() - constants.keys()):
-        print_once(f"{name} is gone from train.py: the run had {state['settings'][name]!r}")
     return changed
 
 

@@ -306,6 +306,14 @@ def test_the_ids_of_class_labels_keep_their_order(tmp_path, datasets):
     assert names == ["cat", "ant", "bee"] and labels.tolist() == [0, 0, 1, 2]
 
 
+def test_folders_of_classes_win_over_an_archive_beside_them(tmp_path, capsys):
+    for name in ("fish", "star"):
+        save(solid(), tmp_path / name / "0.png")
+    (tmp_path / "old.tar").write_bytes(b"pictures")
+    assert load_images(tmp_path, 16)[2] == ["fish", "star"]
+    assert "passed over: 1 .tar" in capsys.readouterr().err
+
+
 def test_a_zip_of_pictures(tmp_path, datasets):
     (tmp_path / "d").mkdir()
     with zipfile.ZipFile(tmp_path / "d" / "train.zip", "w") as archive:

@@ -247,7 +247,7 @@ def test_class_names_cannot_write_outside_the_folder(tmp_path):
     [
         ("--class-id 3", ["--class-id 3", "from 0 to 2"]),
         ("--class-id -1", ["-1"]),
-        ("--class-name red-eye-pointed", ["red-eye-pointed", "did you mean red-eyes-pointed"]),
+        ("--class-name yelow", ["yelow", "--list-classes"]),
         ("--steps 0", ["--steps", "from 1"]),
         ("--cfg-scale nan", ["--cfg-scale", "number"]),
         ("--eta 1.5", ["--eta", "0 to 1"]),
