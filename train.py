@@ -399,9 +399,8 @@ def train(state, constants, init_from):
         progress = {"step": step, "seconds": time.perf_counter() - started, "log": rows}
         progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
         weights = {"model": model.state_dict(), "ema": ema.state_dict()}
-        weights["optimizer"] = optimizer.state_dict()
-        new_state = {**of_the_file, **data, **progress, **weights}
-        checkpoint.save_checkpoint(out, ema, new_state)
+        weights |= {"optimizer": optimizer.state_dict()}
+        checkpoint.save_checkpoint(out, ema, {**of_the_file, **data, **progress, **weights})
         hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 
     # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.

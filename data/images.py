@@ -34,7 +34,8 @@ with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of i
 ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
 # Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
 # without the Hub, a copy counts as complete if all but these are there.
-IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid*/* *.arrow *.parquet *.tar *.zip".split()
+IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/*".split()
+IGNORED += ["*.arrow", "*.parquet", "*.tar", "*.zip"]
 SRGB = ImageCms.createProfile("sRGB")
 
 

@@ -36,7 +36,7 @@ GROUPS = {
     "convolutions": ("aten::mkldnn_conv", "aten::cudnn_conv", "aten::convolution"),
     "fused attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient"),
     "compiled code": ("## Call CompiledFxGraph", "triton_"),
-    "optimizer and EMA": ("aten::_fused_adam", "aten::lerp", "aten::linalg_vector"),
+    "optimizer and EMA": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector"),
     "random numbers": ("aten::normal", "aten::rand", "aten::uniform"),
 }
 
@@ -141,7 +141,8 @@ def main():
         raise UserError("every measurement begins anew: leave out --resume and --init-from")
     train.apply_settings({"overwrite": True}, flags)
     device = machine.pick_device(train.DEVICE)
-    torch.set_float32_matmul_precision("high")  # as in train.py
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in train.py
     compiling = train.COMPILE
     if compiling == "auto":
         compiling = "on" if device.type == "cuda" else "off"
