@@ -174,8 +174,8 @@ def to_uint8(x):
 
 def to_grid(pictures, columns=None):
     """uint8 (N,3,S,S) as one PIL image; without `columns`, about three times as wide as high."""
-    columns = columns or math.ceil(math.sqrt(3 * len(pictures)))
-    return to_pil_image(make_grid(pictures, nrow=columns))
+    square = math.ceil(math.sqrt(3 * len(pictures)))
+    return to_pil_image(make_grid(pictures, nrow=columns or square))
 
 
 def save_gif(frames, path):
@@ -205,14 +205,15 @@ def parse_flags(arguments):
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
-    parser.add_argument("--save-images", type=Path, metavar="DIR", help="also every picture")
+    parser.add_argument(
+        "--save-images", type=settings.path, metavar="DIR", help="also every picture"
+    )
     return argparse.Namespace(**settings.parse(parser, arguments))
 
 
 def chosen_classes(flags, class_names):
     """The class ids selected by the flags, without duplicates; [] if they select none."""
-    class_ids = list(flags.class_id or [])
-    class_ids += [find_class(name, class_names) for name in flags.class_name or []]
+    class_ids = flags.class_id or [find_class(n, class_names) for n in flags.class_name or []]
     unknown = set(class_ids) - set(range(len(class_names)))
     if unknown:
         raise UserError(f"--class-id {min(unknown)} is not from 0 to {len(class_names) - 1}")
@@ -224,7 +225,8 @@ def find_class(name, class_names):
     Unicode's ways. Raises UserError if there is no such class, or several."""
     wanted, *forms = [unicodedata.normalize("NFC", n).casefold() for n in (name, *class_names)]
     if forms.count(wanted) != 1:
-        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes')
+        near = settings.nearest(wanted, forms)
+        raise UserError(f'no class, or more than one, is called "{name}": see --list-classes{near}')
     return forms.index(wanted)
 
 
@@ -238,18 +240,22 @@ def free_path(class_ids, seed):
     return path
 
 
-def folder_names(class_names):
-    """A folder name for each class: a model from elsewhere may have a class called ../.. or two
-    that differ by case alone; then all are called by their class ids."""
-    unsafe = [name for name in class_names if re.search(r"[^\w ,.()&'+-]|^\.|[. ]$|^$|.{60}", name)]
-    if unsafe or len({name.casefold() for name in class_names}) < len(class_names):
-        return [f"class-{class_id}" for class_id in range(len(class_names))]
-    return class_names
+def folder_name(class_id, class_names):
+    """The folder of a class: its name or, as a model from elsewhere may have a class called ../..,
+    or two that differ by case alone, its id."""
+    name = class_names[class_id]
+    unsafe = re.search(r"[^\w ,.()&'+-]|^\.|[. ]$|^$|.{60}|^class-\d", name)
+    alike = [other.casefold() for other in class_names].count(name.casefold())
+    return f"class-{class_id}" if unsafe or alike > 1 else name
 
 
 def main(arguments=None):
     """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
     flags = parse_flags(arguments)
+    if flags.checkpoint == "out" and not Path("out").exists():
+        raise UserError(
+            "no folder out yet: train, or try --checkpoint assets/laptop, or assets/butterflies"
+        )
     model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(model.class_names)))
@@ -279,10 +285,9 @@ def main(arguments=None):
         save_gif([to_grid(frame, columns) for frame in frames], output.with_suffix(".gif"))
         print(output.with_suffix(".gif"))
     if directory:
-        folders = folder_names(model.class_names)
         for i, (picture, class_id) in enumerate(zip(frames[-1], class_ids.tolist())):
-            path = directory / folders[class_id] / f"{i % per_class}.png"
-            save_picture(to_pil_image(picture), path)
+            folder = directory / folder_name(class_id, model.class_names)
+            save_picture(to_pil_image(picture), folder / f"{i % per_class}.png")
 
 
 if __name__ == "__main__":

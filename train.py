@@ -16,13 +16,11 @@ import copy
 import inspect
 import math
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
 
 from support import checkpoint, hub, machine, settings
-from support.machine import autocast, to_device
 from support.settings import UserError, print_once
 
 import torch
@@ -33,7 +31,7 @@ from tqdm import tqdm
 
 import sample
 from data.images import load_dataset
-from model import MIN_T, DiT, NetworkError
+from model import MIN_T, DiT
 
 # Not settings: upper-case imports, such as MIN_T. (If a notebook runs this file again, its own
 # constants are there already, and do not count.)
@@ -182,8 +180,8 @@ def losses_at(times, model, images, labels, ids):
         randn_like = sample.randn_like_of_places(0, range(start, start + len(x)))
         for number, time_value in enumerate(times):
             t = torch.full((len(x),), time_value)
-            batch = to_device((x, labels[chosen], t, randn_like(x)), device)
-            with autocast(device, PRECISION):
+            batch = machine.to_device((x, labels[chosen], t, randn_like(x)), device)
+            with machine.autocast(device, PRECISION):
                 totals[number] += rectified_flow_loss(model, *batch) * len(x)
     return (totals / len(ids)).tolist()
 
@@ -234,10 +232,10 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
         parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
         step_loss = torch.zeros((), device=device)
         for number, part in enumerate(parts, 1):
-            x, y, t, noise = to_device(part, device)
+            x, y, t, noise = machine.to_device(part, device)
             # With several processes, backward() also exchanges gradients: once a step is enough.
             network.require_backward_grad_sync = number == len(parts)
-            with autocast(device, PRECISION):
+            with machine.autocast(device, PRECISION):
                 loss = rectified_flow_loss(network, x, y, t, noise)
             loss = loss * (len(x) / BATCH_SIZE)
             (loss * world_size).backward()  # they are averaged; this makes it a sum
@@ -254,13 +252,10 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
 
 
 def make_network(class_names, dataset=""):
-    """A new network, of the sizes in the constants. Raises UserError if they are impossible."""
+    """A new network, of the sizes in the constants. Raises NetworkError, which names those that are
+    impossible."""
     sizes = {name.lower(): globals()[name] for name in MODEL_SETTINGS}
-    try:
-        return DiT(class_names=class_names, dataset=dataset, **sizes)
-    except NetworkError as error:
-        named = [name for name in MODEL_SETTINGS if name.lower() in str(error)]
-        raise UserError(f"{error}: change {' or '.join(named)}") from error
+    return DiT(class_names=class_names, dataset=dataset, **sizes)
 
 
 def make_optimizer(network):
@@ -271,21 +266,22 @@ def make_optimizer(network):
 
 def load_initial_weights(name, model):
     """Give `model` the weights of the trained network in a folder or at a Hub id. Of the class
-    embeddings, it gets those of classes with the same name, and that of the null class; others stay
-    as they are. Raises UserError if the sizes differ."""
-    trained = DiT.from_pretrained(name)
-    weights = trained.state_dict()
-    weights["class_embedding.weight"] = model.class_embedding.weight
-    sizes = ", ".join(f"{size} {trained.config.get(size.lower())}" for size in MODEL_SETTINGS)
-    checkpoint.load_into(model, weights, f"--init-from: {name} has {sizes}; this run differs")
+    embeddings, it gets those of classes with the same name, and that of the null class. The others,
+    and layers that the trained network lacks, stay as they are. Raises UserError if sizes differ.
+    """
+    trained = DiT.from_pretrained(name, strict=False)
+    own, learned = model.state_dict(), trained.state_dict()
+    embeddings, known = own["class_embedding.weight"], learned["class_embedding.weight"]
+    learned["class_embedding.weight"] = embeddings
+    checkpoint.load_into(model, own | learned, f"--init-from: {name} is of another network")
 
-    embeddings, learned = model.class_embedding.weight.data, trained.class_embedding.weight.data
-    rows = {class_name: row for row, class_name in enumerate(trained.class_names)}
-    kept = [class_name for class_name in model.class_names if class_name in rows]
-    for class_name in kept:
-        embeddings[model.class_names.index(class_name)] = learned[rows[class_name]]
-    embeddings[-1] = learned[-1]  # of the null class
-    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}, others are new")
+    for row, class_name in enumerate(trained.class_names):
+        if class_name in model.class_names:
+            embeddings[model.class_names.index(class_name)] = known[row]
+    embeddings[-1] = known[-1]  # of the null class
+    kept = len(set(trained.class_names) & set(model.class_names))
+    new = [layer for layer in own if layer not in learned or layer in trained.lacking]
+    print_once(f"{kept} of {model.num_classes} classes are known to {name}; new layers: {new}")
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -319,7 +315,8 @@ def apply_settings(options, flags):
     globals().update(settings.checked({name: globals()[name] for name in SETTINGS}))
     make_network(["any"])  # refuses impossible sizes before pictures are read
     if not state and "overwrite" not in options:
-        if any((out / name).exists() for name in (*checkpoint.CHECKPOINT_FILES, "log.csv")):
+        names = (*checkpoint.CHECKPOINT_FILES, "log.csv", "samples/step-*.png")
+        if any(any(out.glob(name)) for name in names):
             raise UserError(f"{out} holds a run: use --resume, --overwrite, or another --out-dir")
     return state
 
@@ -383,7 +380,6 @@ def train(state, constants, init_from):
     parameters = sum(weight.numel() for weight in model.parameters())
     print_once(f"{len(class_names)} classes, such as {', '.join(class_names[:6])}")
     print_once(f"{len(images)} pictures, {len(val_ids)} of them held out")
-    print_once(f"each picture trained on is seen {STEPS * BATCH_SIZE / len(train_ids):.1f} times")
     print_once(f"{parameters / 1e6:.2f} M parameters, on {device} in {precision}")
 
     pays = machine.compiling_pays(device, parameters, STEPS * BATCH_SIZE)
@@ -393,14 +389,12 @@ def train(state, constants, init_from):
 
     def save(step):
         """Write the averaged weights, the page about them, and all that --resume needs."""
-        settings_now = {name: globals()[name] for name in SETTINGS}
-        of_the_file = {"settings": settings_now, "constants": constants}
-        data = {"class_names": class_names, "counts": counts}
-        progress = {"step": step, "seconds": time.perf_counter() - started, "log": rows}
-        progress |= {"loss_sum": loss_sum, "loss_count": loss_count}
-        weights = {"model": model.state_dict(), "ema": ema.state_dict()}
-        weights |= {"optimizer": optimizer.state_dict()}
-        checkpoint.save_checkpoint(out, ema, {**of_the_file, **data, **progress, **weights})
+        state = {"settings": {name: globals()[name] for name in SETTINGS}, "constants": constants}
+        state |= {"class_names": class_names, "counts": counts}
+        state |= {"step": step, "seconds": time.perf_counter() - started, "log": rows}
+        state |= {"loss_sum": loss_sum, "loss_count": loss_count, "ema": ema.state_dict()}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.save_checkpoint(out, ema, state)
         hub.write_card(out, ema, f"{step:,} steps of {BATCH_SIZE} pictures", rows)
 
     # DDP's constructor waits for all processes: by now each has read what OUT_DIR held.
@@ -412,7 +406,8 @@ def train(state, constants, init_from):
         save(step=0)  # from here on --resume works
 
     # The loop
-    resume = f"python train.py --resume --out-dir={shlex.quote(OUT_DIR)}"
+    quoted = f'"{OUT_DIR}"' if sys.platform == "win32" else shlex.quote(OUT_DIR)
+    resume = f"python train.py --resume --out-dir={quoted}"
     row_step, row_time = steps_done, time.perf_counter()  # when the last row of the log was written
     bar = tqdm(total=STEPS, initial=steps_done, unit="step", disable=not master)
     steps = training_steps(network, ema, optimizer, images, labels, train_ids, steps_done + 1)
@@ -484,7 +479,7 @@ def train(state, constants, init_from):
         dist.destroy_process_group()
     if stop:
         print_once(f"stopped at step {step}, and saved; to go on: {resume}", file=sys.stderr)
-        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+        sys.exit(128 + (signals[0] if signals else 15))  # 15: SIGTERM, of another process
     if master:
         print(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes: see {out}")
 

@@ -1,33 +1,46 @@
 """Which pictures of a folder are of which class: by its folders, or else by a table of labels.
 
-Only names are looked at. There are three rules, in this order:
+Only names are looked at, and tables. There are four rules, in this order:
 
-1. Of train beside test (Training_set, test_images, seg_val, ...), train counts. A folder that
-   begins with a word for testing is never a class: among others, without train, it is refused.
-2. A folder that holds all pictures, or most, is a wrapper: look inside it. Several folders are the
-   classes.
-3. Where there are no folders inside, a CSV file may label the pictures; without one they are one
+1. A folder whose name begins or ends with a word for testing is never a class. Beside one folder
+   for training (Train beside Valid, seg_train beside seg_test, ...), it is left out, as is all else
+   there; otherwise it is refused.
+2. A folder that holds all pictures, or most, is a wrapper: look inside it.
+3. Several folders are the classes. What would be lost is refused: a folder beside them that has
+   files, but no picture, and a table that sorts the pictures in another way.
+4. Where there are no folders inside, a CSV file may label the pictures; without one they are one
    class, called as their folder is.
 
-A folder that fits no rule is refused, and what is left out is counted.
+What fits no rule is refused, and what is left out is counted.
 """
 
 import csv
+import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from support.settings import UserError, print_once
 
-PICTURES = ".avif .bmp .gif .heic .heif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
-# Columns of a table, the best first. Case, spaces and underscores do not count.
-FILE_COLUMNS = "filename file filepath filepaths path image imagename imagepath imageid img id"
-LABEL_COLUMNS = "label labels class classname category species breed target"
+from PIL import Image
+
+PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+PICTURES |= {".heic", ".heif"}  # of iPhones, which need a plug-in of Pillow
+TABLES = ".csv .tsv .json .jsonl".split()
+DOCUMENTS = [
+    *TABLES,
+    *".html .log .md .py .txt .xml .yaml .yml".split(),
+]  # never a class's pictures
+
+TRAIN = set("train training trainval".split())
+TEST = set("test testing val vali valid validate validation dev eval evaluation".split())
+TEST |= set("hold holdout held heldout unseen".split())
+LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
+
+csv.field_size_limit(10**9)
 
 # Hidden, the system's, and the grids that train.py and sample.py draw.
 SKIPPED = re.compile(r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class-.*-seed)-")
-TRAIN = re.compile(r"(?<![a-z])train(ing|val)?([\W_]*set)?(?![a-z])")
-TEST = re.compile(r"(?<![a-z])(test(ing)?|val(id(at\w+)?)?|dev|eval|holdout)([\W_]*set)?(?![a-z])")
 
 
 def find_pictures(folder):
@@ -39,31 +52,33 @@ def find_pictures(folder):
     others = [path for path in paths if not is_picture(path)]
     passed_over.update(path.suffix.lower() or "without an ending" for path in others)
 
-    while True:
-        folders = defaultdict(list)
-        for path in pictures:
-            if path.parent != root:
-                folders[path.parts[len(root.parts)]].append(path)
-        if not folders:
-            break
-        beside = len(pictures) - sum(map(len, folders.values()))
-        if 2 * beside >= len(pictures):
-            seen = f"{root} has {beside} pictures beside the folder {', '.join(folders)}"[:300]
-            raise UserError(f"{seen}: put all into folders, one per class, or all into one folder")
-        passed_over["beside the folders"] += beside
-        if len(folders) > 1:
-            tests = [name for name in folders if split_of(name) == "*test"]
-            if tests:
-                raise UserError(f"{root / tests[0]} is for testing, by its name: move it away")
-            return folders, passed_over
-        name, pictures = folders.popitem()
-        root = root / name
+    parents = {path.parent for path in pictures}
+    above = {above for parent in parents for above in (parent, *parent.parents)}
+    for path in others:
+        if pictures and path.parent not in above and path.suffix.lower() not in DOCUMENTS:
+            seen = f"{path.parent} has no picture, but {path.name}"
+            raise UserError(f"{seen}: convert it to PNG, or move the folder away")
+    root = Path(os.path.commonpath(parents or [root]))
+    folders = defaultdict(list)
+    for path in pictures:
+        if path.parent != root:
+            folders[path.parts[len(root.parts)]].append(path)
+    if folders and root in parents:
+        raise UserError(
+            f"{root} has pictures beside {min(folders)}: put all into folders, or in one"
+        )
 
-    # A .jsonl has no columns, so it is refused; passing it over would lose the labels.
-    tables = [path for path in others if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
-    if tables and pictures:
-        return by_table(tables, pictures, passed_over), passed_over
-    return {root.resolve().name: pictures}, passed_over
+    classes, labels = {root.resolve().name: pictures}, defaultdict(set)
+    tables = [path for path in others if path.suffix.lower() in TABLES]
+    for table in tables:
+        for path, label in read_table(table, pictures):
+            labels[path].add(label)
+    if labels or (not folders and passed_over.keys() & {".csv", ".tsv"}):
+        classes = by_label(labels, pictures, ", ".join(table.name for table in tables))
+        passed_over.subtract(table.suffix.lower() for table in tables)
+        if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
+            raise UserError(f"{tables[0]} and the folders sort the pictures differently: remove it")
+    return folders or classes, passed_over
 
 
 def walk(folder, passed_over, parents=()):
@@ -72,74 +87,88 @@ def walk(folder, passed_over, parents=()):
     back to one of them."""
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
-    # Of train beside train_masks, the shorter name counts; of seg_train beside train, the one that
-    # has a partner such as seg_val.
-    splits = {split_of(path.name): path for path in sorted(paths, reverse=True) if path.is_dir()}
-    paired = {split.replace("*test", "*train") for split in splits if "*test" in split}
-    paired = sorted(paired & splits.keys())
-    train = splits[paired[0]] if paired else None
-    for path in sorted(paths, key=lambda path: path.name):
-        if not path.is_dir():
+    paths.sort(key=lambda path: path.name)
+    tests = [path for path in paths if named(TEST, path.name) and path.is_dir()]
+    trains = [path for path in paths if named(TRAIN, path.name) and path.is_dir()]
+    if tests and len(trains) != 1:
+        hint = "name the folder to train on, or rename it"
+        raise UserError(f"{tests[0]} is for testing, by its name: {hint}")
+    for path in paths:
+        if tests and path != trains[0] and (is_picture(path) or path.is_dir()):
+            passed_over[f"in {path.name}"] += sum(map(is_picture, (path, *path.rglob("*"))))
+        elif not path.is_dir():
             yield path
-        elif train and path != train:
-            kind = f"in {path.name} ({train.name} is used, and a twentieth of it held out)"
-            passed_over[kind] += sum(map(is_picture, walk(path, Counter(), parents)))
-        elif path.resolve() not in parents and not (path / "train_state.pt").exists():
+        elif path.resolve() not in parents and not (path / "model.safetensors").exists():
             yield from walk(path, passed_over, parents)
 
 
 def is_picture(path):
     """Whether a file is a picture, by its ending."""
-    return path.suffix.lower() in PICTURES.split()
+    return path.suffix.lower() in PICTURES
 
 
-def split_of(name):
-    """A name with its split marked: *train for train_images, *test for test1, seg_*test for
-    seg_val."""
-    marked = TEST.sub("*test", TRAIN.sub("*train", name.lower()))
-    return re.match(r"\*(train|test)|", marked)[0] or marked
+def named(words, name):
+    """Whether a name begins or ends with one of the words: test_1, TestImages, seg_test."""
+    text = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    text = re.sub("(data|image|img|photo|picture)?s?(sets?)?(?![a-z])", "", text)
+    parts = re.findall("[a-z]+", text)
+    return bool(parts) and not words.isdisjoint((parts[0], parts[-1]))
 
 
-def by_table(tables, pictures, passed_over):
-    """{label: paths} of the pictures, from the one table that has labels for training."""
-    known = {path: read_labels(path) for path in tables if "*test" not in split_of(path.stem)}
-    usable = [path for path in known if known[path]]
-    if len(usable) != 1:
-        wanted = "a column filename (file, path, image, id) and a column label (class, species)"
-        raise UserError(f"{', '.join(map(str, tables))}: one table is needed, with {wanted}")
-    table, labels, classes = usable[0], known[usable[0]], defaultdict(list)
+# Tables of labels
+
+
+def read_table(table, pictures):
+    """Yield (path, label) for each of the pictures that a row of a CSV file names, in whichever
+    column: if several have names, one picture gets several labels. Raises UserError if rows are for
+    testing. Of a JSON file, which only its owner can read, the label is empty."""
+    text = table.read_text("utf-8-sig", errors="replace").replace("\0", "")
+    by_name = {path.name: path for path in pictures}
+    if named(TEST, table.stem) or len(by_name) < len(pictures):
+        return  # for testing, or it could not tell pictures of the same name apart
+    if table.suffix.lower() in (".json", ".jsonl"):
+        for name in by_name.keys() & set(re.split(r'["/\\]', text)):
+            yield by_name[name], ""
+        return
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    lines = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="", restval="")
+    rows = [{column: row[column].strip() for column in row if column} for row in lines]
+    label_columns = find_labels(rows[0]) if rows else []
+    if len(label_columns) != 1:
+        return
+
+    for column in rows[0]:
+        values = {row[column] for row in rows} - by_name.keys()
+        of_testing = [text for text in values if named(TEST, text)] or named(TEST | TRAIN, column)
+        if of_testing and len(values) < 9:
+            raise UserError(f"{table}: rows are for testing, by the column {column}: delete them")
+    if by_name.keys().isdisjoint(last_part(cell) for row in rows for cell in row.values()):
+        by_name = {path.stem: path for path in pictures}  # names without their ending
+    for row in rows:
+        label = row.pop(label_columns[0])
+        for name in by_name.keys() & map(last_part, row.values()):
+            yield by_name[name], label
+    print_once(f"labels as in {table}")
+
+
+def by_label(labels, pictures, tables):
+    """{label: paths} of the pictures, by {path: set of labels}, which is of the tables. Raises
+    UserError if a picture has several labels, or none."""
+    classes = defaultdict(list)
     for path in pictures:
-        label = labels.get(path.name, labels.get(path.stem))
-        if label is None:
-            raise UserError(f"{table} has no label for {path}: add a row, or move the picture away")
-        classes[label].append(path)
-    passed_over[table.suffix.lower()] -= 1
-    passed_over[f"in {table.name} without a picture"] += max(0, len(labels) - len(pictures))
-    print_once(f"labels from {table}")
+        if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):
+            seen = " and ".join(sorted(labels[path] - {""})) or "missing"
+            hint = "a CSV table in UTF-8, with the columns filename and label, should give it one"
+            raise UserError(f"{tables}: the label of {path} is {seen}; {hint}")
+        classes[min(labels[path])].append(path)
     return dict(sorted(classes.items()))
 
 
-def read_labels(table):
-    """{name of a picture: its label} of a table; {} if it has no such columns."""
-    try:
-        text = table.read_text("utf-8-sig")
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="", restval=""))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{table} should be CSV in UTF-8 (in Excel: CSV UTF-8): {error}") from error
-    columns = list(rows[0]) if rows else []
-    file_column = find_column(FILE_COLUMNS, columns)
-    label_column = find_column(LABEL_COLUMNS, columns)
-    labels = {}
-    for row in rows if file_column and label_column else []:
-        file = row[file_column].replace("\\", "/").rpartition("/")[2].strip()
-        label = row[label_column].strip()
-        if label and labels.setdefault(file, label) != label:
-            raise UserError(f"{table} gives {file} two labels")
-    return labels
+def last_part(text):
+    """Of a path, of any system, its last part."""
+    return re.split(r"[\\/]", text)[-1]
 
 
-def find_column(wanted, columns):
-    """The first of the wanted names among the columns, or None. Case and spaces do not count."""
-    plain = {re.sub(r"[\W_]", "", column).lower(): column for column in columns}
-    return next((plain[name] for name in wanted.split() if name in plain), None)
+def find_labels(columns):
+    """Those of the columns that may be labels, by their names. Case and spaces do not count."""
+    return [text for text in columns if re.sub(r"[\W_]", "", text).lower() in LABEL_COLUMNS]

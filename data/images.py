@@ -7,7 +7,6 @@ once.
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -20,13 +19,13 @@ from support.settings import UserError, print_once
 
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from data.drawn import draw_butterflies
-from data.folders import LABEL_COLUMNS, find_column, find_pictures
+from data.folders import find_labels, find_pictures, is_picture
 
 with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
     import pillow_heif.HeifImagePlugin  # noqa: F401
@@ -36,7 +35,7 @@ ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
 # without the Hub, a copy counts as complete if all but these are there.
 IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/*".split()
 IGNORED += ["*.arrow", "*.parquet", "*.tar", "*.zip"]
-SRGB = ImageCms.createProfile("sRGB")
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses twice as many; a telephone's have 200 million
 
 
 def load_dataset(name, image_size, empty=torch.empty):
@@ -44,8 +43,6 @@ def load_dataset(name, image_size, empty=torch.empty):
     or else a Hub id such as "you/pictures". Returns what load_images returns. The Hub's files go
     into the Hub's own cache. empty: makes the tensor of pictures, of a shape and a dtype. Raises
     UserError if there are no pictures of that name."""
-    if not name.strip():
-        raise UserError("--dataset is empty: name a folder, a data set on the Hub, or drawn")
     if name == "drawn":
         return draw_butterflies(54, image_size, seed=0)
     if name.endswith(".safetensors"):
@@ -89,23 +86,25 @@ def find_dataset(name):
     """The pictures of a folder, or of a data set on the Hub: {class name: its files}, a Counter of
     what is passed over, and a function that opens a file."""
     folder = Path(os.path.expanduser(name))
-    is_id = re.fullmatch(HUB_ID, name, re.ASCII) and folder.suffix not in ARCHIVES
-    on_the_hub = is_id and not folder.exists()
+    on_the_hub = re.fullmatch(HUB_ID, name) and not folder.exists()
     if on_the_hub:
         try:
             folder = Path(snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED))
         except Exception as error:  # of whichever library makes the requests, its proxies and so on
-            hint = "try --preset laptop, or --dataset FOLDER"
-            raise UserError(f"cannot download {name} from the Hub: {error}; {hint}") from error
-    elif not folder.is_dir():
-        raise UserError(f"no such folder: {name} (if it is an archive, unpack it)")
+            raise UserError(
+                f"cannot download {name} from the Hub; try --preset laptop: {error}"
+            ) from error
+    elif not folder.is_dir() or not name.strip():  # "", of a variable that is not set, is here
+        raise UserError(f'no such folder: "{name}" (if it is an archive, unpack it)')
 
-    classes, passed_over = find_pictures(folder) if folder.is_dir() else ({}, {})
-    # A few pictures beside archives are those of a description, unless they are in classes.
-    archives = on_the_hub or (len(classes) < 2 and passed_over.keys() & ARCHIVES)
-    if sum(map(len, classes.values())) < 10 and archives:
+    # Archives are not downloaded. Beside them, a few pictures are those of a description.
+    if on_the_hub and sum(map(is_picture, folder.rglob("*"))) < 10:
         return open_with_datasets(name)
-    if list(classes) == [folder.resolve().name]:  # on the Hub, a commit's hash
+    classes, passed_over = find_pictures(folder)
+    loose = list(classes) == [folder.resolve().name]
+    if loose and sum(map(len, classes.values())) < 10 and passed_over.keys() & ARCHIVES:
+        return open_with_datasets(name)
+    if loose:  # on the Hub, the folder is called by a hash
         classes = {Path(name).resolve().name: classes.popitem()[1]}
     return classes, passed_over, Image.open
 
@@ -121,16 +120,16 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
             files, labels = zip(*items[start : start + 256])
             pictures = pool.map(lambda file: read_picture(file, image_size, open_picture), files)
             for file, label, picture in zip(files, labels, pictures):
-                if picture is None:
-                    broken.append(str(file))
+                if isinstance(picture, Exception):
+                    broken.append(f"{file}: {picture}")
                 else:
                     used.add(label)
                     yield picture, label
 
     if broken:
-        names = ", ".join(broken[:10])
-        hint = " (for HEIC: pip install pillow-heif)" if ".heic" in names.lower() else ""
-        print_once(f"skipped as unreadable{hint}: {len(broken)} ({names})", sys.stderr)
+        first = "; ".join(broken[:5])
+        hint = " (for HEIC: pip install pillow-heif)" if ".heic" in first.lower() else ""
+        print_once(f"skipped as unreadable{hint}: {len(broken)}, such as {first}", sys.stderr)
     kinds = [f"{number} {kind}" for kind, number in sorted(passed_over.items()) if number]
     if kinds:
         print_once(f"passed over: {', '.join(kinds)}", sys.stderr)
@@ -145,20 +144,14 @@ def open_with_datasets(name):
     try:
         import datasets
 
-        datasets.disable_progress_bars()
-        # The library would download all splits, unless it is told the files, which it lists as
-        # hf://datasets/<name>@<commit>/<path>.
-        files = datasets.load_dataset_builder(name).config.data_files["train"]
-        files = [re.sub("^hf://.*?@[^/]*/", "", file) for file in files]
-        options = {"data_files": files, "verification_mode": "no_checks"}
-        rows = datasets.load_dataset(name, split="train", **options)
+        rows = datasets.load_dataset(name, split="train")
         kinds = {column: str(kind) for column, kind in rows.features.items()}
         pictures = [column for column in kinds if re.match("Image|.*binary", kinds[column])]
         if not pictures:
             raise UserError(f"no column of pictures, only {', '.join(kinds)}")
         rows = rows.cast_column(pictures[0], datasets.Image())
         labels = [column for column in kinds if kinds[column].startswith("ClassLabel")]
-        label = labels[0] if labels else find_column(LABEL_COLUMNS, kinds)
+        label = labels[0] if labels else next(iter(find_labels(kinds)), None)
         name_of = rows.features[label].int2str if labels else str
         rows_of = {}
         for row, value in enumerate(rows[label] if label else len(rows) * [Path(name).name]):
@@ -167,7 +160,7 @@ def open_with_datasets(name):
     except Exception as error:  # there is no such library, or it cannot read this
         needed = "the datasets library (pip install datasets)"
         raise UserError(f"cannot read {name} with {needed}: {error.__cause__ or error}") from error
-    print_once(f"{name}, split train: pictures from {pictures[0]}, labels from {label}")
+    print_once(f"{name}: pictures from {pictures[0]}, labels from {label}, of {', '.join(kinds)}")
     return classes, {}, lambda row: rows[row][pictures[0]]
 
 
@@ -175,31 +168,28 @@ def open_with_datasets(name):
 
 
 def read_picture(file, image_size, open_picture=Image.open):
-    """A picture file as uint8 (3,S,S): turned upright, in the colours of sRGB, transparency
-    composited onto white, the short side resized, the long side cropped to its middle. None if the
-    file cannot be read. Its content, not its name, says which format it is."""
+    """A picture file as uint8 (3,S,S): turned upright, transparency composited onto white, the
+    short side resized, the long side cropped to its middle. If the file cannot be read, the error
+    that says why. Its content, not its name, says which format it is. Colour profiles do not count.
+    """
     try:
         with open_picture(file) as image:
             if image.mode in ("F", "I") and image.format not in ("PNG", "PPM"):
-                return None  # floats or 32 bits: which value is white, only its owner knows
+                return ValueError("which of its numbers is white, only its owner knows")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF
             # A JPEG can be decoded at a half, a quarter or an eighth of its size. Decoding at twice
             # the needed size leaves the rest to a better filter.
             image.draft(None, (2 * image_size, 2 * image_size))
             image = ImageOps.exif_transpose(image)  # decodes it, too
-    except Exception:  # broken, cut short, or crafted to exhaust memory: anything may be raised
-        return None
-    if image.mode.startswith("I"):  # 16 bits, which convert("L") would clip
-        values = pil_to_tensor(image.convert("I")) / 65535 * 255
-        image = to_pil_image(values.clamp(0, 255).round().to(torch.uint8))
-    opaque = image.mode if image.mode in ("L", "CMYK") else "RGB"  # as a profile may be of these
-    image = image.convert("RGBA" if image.has_transparency_data else opaque)
+        if image.mode.startswith("I"):  # 16 bits, which convert("L") would clip
+            values = pil_to_tensor(image.convert("I")) / (2 ** tags.get(258, [16])[0] - 1)
+            values = 1 - values if tags.get(262) == 0 else values  # white is zero
+            image = to_pil_image((values * 255).clamp(0, 255).round().to(torch.uint8))
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except Exception as error:  # broken, cut short, or huge: Pillow may raise anything
+        return error
     image = ImageOps.fit(image, (image_size, image_size))  # hidden colours do not bleed in
-    try:
-        profile = io.BytesIO(image.info["icc_profile"])
-        colours = ImageCms.profileToProfile(image, profile, SRGB, outputMode="RGB")
-    except Exception:  # no profile, a broken one, or one of another kind of image
-        colours = image.convert("RGB")
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, "white")
-        colours = Image.composite(colours, white, image.getchannel("A"))
-    return pil_to_tensor(colours)
+        image = Image.composite(image.convert("RGB"), white, image.getchannel("A"))
+    return pil_to_tensor(image)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as this script is in a folder
 
 from support.checkpoint import write_beside  # noqa: E402
-from support.settings import UserError, limited, new_parser, run_command  # noqa: E402
+from support.settings import UserError, limited, new_parser, path, run_command  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -29,16 +29,16 @@ from data.images import load_dataset  # noqa: E402
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("source", help="a folder, or a Hub id such as you/pictures")
-    parser.add_argument("path", type=Path, help="a new file, such as pictures.safetensors")
+    parser.add_argument("path", type=path, help="a new file: pictures.safetensors")
     parser.add_argument("--image-size", type=limited(int, 1), default=64, help="(%(default)s)")
     args = parser.parse_args()
-    path = args.path.expanduser()
-    if path.suffix != ".safetensors" or path.exists():
-        raise UserError(f"{path} exists, or does not end with .safetensors: choose a new name")
+    target = args.path
+    if target.suffix != ".safetensors" or target.exists():
+        raise UserError(f"{target} exists, or does not end with .safetensors: choose a new name")
 
     # The tensor of the pictures is a file, too, as they may not fit into the memory.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
 
         def empty(shape, dtype):
             file, size = str(Path(scratch, "images")), math.prod(shape)
@@ -47,8 +47,8 @@ def main():
         images, labels, class_names = load_dataset(args.source, args.image_size, empty)
         metadata = {"class_names": json.dumps(class_names), "source": args.source}
         tensors = {"images": images, "labels": labels}
-        write_beside(path, lambda beside: save_file(tensors, beside, metadata))
-    print(f"{len(labels)} pictures of {len(class_names)} classes are in {path}")
+        write_beside(target, lambda beside: save_file(tensors, beside, metadata))
+    print(f"{len(labels)} pictures of {len(class_names)} classes are in {target}")
 
 
 if __name__ == "__main__":

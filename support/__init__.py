@@ -5,8 +5,13 @@ Nothing here is about diffusion. To understand nanoDiT, read model.py, train.py 
 
 import os
 
+# torchrun sets all of these. Some of them alone are left over in a shell, from something else.
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
+if TORCHRUN - os.environ.keys():
+    for name in TORCHRUN & os.environ.keys():
+        del os.environ[name]
+
 # OpenMP's threads wait for each other in a busy loop. Beside another program that uses all cores,
 # such as a second training, this made both up to twenty times slower; a short wait costs little.
 # It has to be set before torch is imported, for which reason `support` is imported first.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # GNU's, on Linux: rounds of the loop
-os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's and Intel's, on macOS and Windows: ms
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # rounds of the loop, on Linux

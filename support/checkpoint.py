@@ -1,9 +1,9 @@
 """Files of a run: written beside and renamed, so that whatever stops it leaves them whole."""
 
 import contextlib
-import csv
 import os
 import shutil
+import sys
 import time
 
 from support.settings import UserError, print_once
@@ -15,14 +15,18 @@ from safetensors import SafetensorError
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "train_state.pt")  # the state last
 
 
-def replace(source, target):
+def replace(source, target, needed=True):
     """Rename a file, in place of an old one. On Windows that fails while another program has the
-    old one open, such as a virus scanner: then try again for two seconds."""
-    for seconds in (0.1, 0.4, 1.5):
+    old one open, such as a virus scanner: then try for two seconds. If that does not help, raise
+    UserError, or only warn of a file that is not needed, such as a log open in a spreadsheet."""
+    for seconds in (0.1, 0.4, 1.5, 0):
         with contextlib.suppress(PermissionError):
             return source.replace(target)
         time.sleep(seconds)
-    return source.replace(target)
+    problem = f"{target} is open in another program, and stays as it was"
+    if needed:
+        raise UserError(problem)
+    print_once(f"warning: {problem}", sys.stderr)
 
 
 def write_beside(path, write):
@@ -32,7 +36,7 @@ def write_beside(path, write):
     beside = path.with_name(f".writing-{path.name}")
     try:
         write(beside)
-        replace(beside, path)
+        replace(beside, path, needed=False)
     finally:
         beside.unlink(missing_ok=True)  # on a full disk, half a file would keep it full
 
@@ -48,14 +52,20 @@ def save_picture(image, path, **options):
 @contextlib.contextmanager
 def the_only_run(folder):
     """Keep other processes from training into the folder. Raises UserError if another process has
-    it. A crash leaves no lock."""
+    it. A crash leaves no lock. Some network disks have no locks: there, a warning."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Each of torchrun's processes has a lock of its own.
+    lock = FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0)
     try:
-        # Each of torchrun's processes has a lock of its own.
-        with FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise UserError(f"another training writes to {folder}: use another --out-dir") from error
+    except (OSError, NotImplementedError) as error:
+        print_once(f"warning: no lock keeps others from {folder}: {error}", sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # The log
@@ -64,14 +74,9 @@ def the_only_run(folder):
 def write_log(path, rows):
     """Write rows {column: number} as a CSV file, whole each time. Its columns are those of the
     newest row: you may have added one while the run was stopped."""
-
-    def write(beside):
-        with open(beside, "w", newline="", encoding="utf-8") as file:
-            log = csv.DictWriter(file, list(rows[-1]), extrasaction="ignore", lineterminator="\n")
-            log.writeheader()
-            log.writerows(rows)
-
-    write_beside(path, write)
+    lines = [rows[-1], *([row.get(column, "") for column in rows[-1]] for row in rows)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8", newline="\n"))
 
 
 # The state

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from support.checkpoint import write_beside
 
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # you/butterflies
+HUB_ID = r"(?a)[\w-][\w.-]*/[\w.-]+"  # you/butterflies
 
 CARD = Path(__file__).with_name("card.md").read_text("utf-8")
 KEEP = "<!-- train.py rewrites this page"  # in the card: what lets train.py write it anew

@@ -15,17 +15,15 @@ import torch.distributed as dist
 
 def pick_device(name):
     """The torch device with the given name; "auto" is a GPU (CUDA, or MPS on a Mac) if there is
-    one, else the CPU. Each process of torchrun has a GPU of its own. Raises UserError if this
-    machine does not have the device."""
-    if name == "auto":
-        has_gpu = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.zeros(0, device=name).device
-    except Exception as error:  # which one depends on the device, and on how torch was built
-        raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu') from error
+    one that works, else the CPU. Each process of torchrun has a GPU of its own. Raises UserError if
+    this machine does not have the device."""
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    for device in (accelerator.type, "cpu") if name == "auto" else (name,):
+        if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        with contextlib.suppress(Exception):  # which one depends on how torch was built
+            return torch.zeros(1, device=device).device
+    raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu')
 
 
 def to_device(tensors, device):
@@ -42,8 +40,9 @@ def uses_bf16(device, precision):
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # {}, in older versions of torch
-    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    # torch.cpu.get_capabilities() would say it from torch 2.11 on; these are older.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def autocast(device, precision="auto"):
@@ -59,6 +58,8 @@ def join_processes(device, batch_size):
     if world_size > batch_size:
         raise UserError(f"BATCH_SIZE {batch_size} is too small for {world_size} processes")
     if world_size > 1:
+        if device.type == "mps" or (device.type == "cuda" and not dist.is_nccl_available()):
+            raise UserError(f"several processes cannot share {device} here: leave out torchrun")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Named, as without a name the group would have the accelerator's backend alone.
@@ -88,26 +89,16 @@ def compile_model(model):
         print_once("compiling: the first step takes up to a minute")
         try:
             model.forward = torch.compile(eager)
-            rehearse(model, *arguments, **options)
+            # The compiler translates the backward pass when it is first needed, and may fail then.
+            with torch.random.fork_rng({w.device for w in model.parameters() if w.is_cuda}):
+                loss = model.forward(*arguments, **options).sum()
+                torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         except Exception as error:  # the compiler's; one of the model's own comes again below
             print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
             model.forward = eager
         return model.forward(*arguments, **options)
 
     model.forward = first_call
-
-
-def rehearse(model, *arguments, **options):
-    """A forward and a backward pass that leave no trace: the compiler translates the latter when it
-    is first needed, and may fail only then."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        out = model.forward(*arguments, **options)
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        torch.autograd.grad(out.sum(), weights, allow_unused=True)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
 
 
 @contextlib.contextmanager
@@ -118,15 +109,14 @@ def stop_signals():
     torchrun = "WORLD_SIZE" in os.environ  # it passes signals on, so that one Ctrl-C comes twice
 
     def on_signal(number, frame):
+        if received and number == signal.SIGINT and not torchrun:
+            raise KeyboardInterrupt
+        received.append(number)
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        received.append(number)
-        if len(received) > 1 and number == signal.SIGINT and not torchrun:
-            raise KeyboardInterrupt
-        if len(received) == 1:
-            then = "" if torchrun else "; press Ctrl-C again to stop now, without saving"
-            os.write(2, f"\nstopping after this step{then}\n".encode())
+        again = "" if torchrun else " (Ctrl-C again: now, without saving)"
+        os.write(2, f"\nstopping after this step{again}\n".encode())
 
     with contextlib.ExitStack() as at_the_end:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

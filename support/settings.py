@@ -1,26 +1,17 @@
 """Settings: constants become flags, values have limits, and a mistake is one line."""
 
 import argparse
+import difflib
 import errno
 import json
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 
-KINDS = {int: "whole number", float: "number"}
 MANY = 10**12
 MAX_SEED = 2**32 - 1  # of torch's generator on a CPU, which would take 2**32 for 0
 
-# {name: (kind, lowest, highest)}. A constant that is not listed has no limits here; what sizes a
-# network may have, it says itself.
-LIMITS = {"SEED": (int, 0, MAX_SEED), "WARMUP_STEPS": (int, 0, MANY)}
-LIMITS |= dict.fromkeys(("STEPS", "BATCH_SIZE", "ACCUMULATE", "LOG_EVERY"), (int, 1, MANY))
-LIMITS |= dict.fromkeys(("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY"), (int, 1, MANY))
-LIMITS |= dict.fromkeys(("FLIP_SHARE", "LABEL_DROP", "DECAY_SHARE", "EMA_DECAY"), (float, 0, 1))
-LIMITS |= dict.fromkeys(("LEARNING_RATE", "GRAD_CLIP", "T_STD"), (float, 0, 1e38))
-LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), (float, -MANY, MANY))
 CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
 
 # What the operating system says when a user's disk, folder or pipe is the cause, and not a bug.
@@ -40,8 +31,7 @@ class UserError(Exception):
 
 def run_command(main, if_out_of_memory="close other programs"):
     """Call main(). A mendable error, a disk that cannot be written, or too little memory becomes
-    one line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback. As
-    a disk's error may come from a line that you have just added, that line is named."""
+    one line on stderr and exit status 2. Any other exception is a bug, and keeps its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
@@ -50,24 +40,14 @@ def run_command(main, if_out_of_memory="close other programs"):
         sys.exit(130)
     except Exception as error:
         message = str(error)
+        cannot_write = errno.errorcode.get(getattr(error, "errno", None)) in CANNOT_WRITE
         # CUDA raises a subclass of RuntimeError, MPS and CPUs a plain one: the text is alike.
         if isinstance(error, MemoryError) or any(text in message for text in OUT_OF_MEMORY):
             message = f"out of memory: {if_out_of_memory} ({message})"
-        elif errno.errorcode.get(getattr(error, "errno", None)) in CANNOT_WRITE:
-            message += f" ({place_of(error)})"
-        elif not getattr(error, "mendable", False):
+        elif not cannot_write and not getattr(error, "mendable", False):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def place_of(error):
-    """The file and line of this project, not of a library, in which an exception arose."""
-    project = Path(__file__).resolve().parents[1]
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if project in Path(frame.filename).resolve().parents]
-    frame = [frame for frame in ours if "site-packages" not in frame.filename][-1]
-    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 def print_once(text, file=None):
@@ -92,81 +72,92 @@ def parse(parser, arguments, presets=()):
     if arguments is None:
         # A notebook is run by ipykernel_launcher.py or the like.
         arguments = [] if "kernel" in Path(sys.argv[0]).name else sys.argv[1:]
-    flags = vars(parser.parse_args(arguments))
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = nearest(unknown[0].partition("=")[0], re.findall(r"--[\w-]+", parser.format_help()))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     if "preset" in flags:
-        flags = vars(parser.parse_args([*presets[flags["preset"]].split(), *arguments]))
-    return flags
+        flags = parser.parse_args([*presets[flags.preset].split(), *arguments])
+    return vars(flags)
 
 
-def number(text):
-    """An argparse type: an int if the value is whole (even 1e4), otherwise a float."""
-    value = float(text)  # argparse reports a ValueError
+def nearest(name, names):
+    """ "; did you mean ...?" of the names that are most like one that is not among them, or ""."""
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def number(value):
+    """A number, or a text that is one, as an int if it is whole (even 1e4), otherwise a float."""
+    value = float(value)  # argparse reports a ValueError
     return int(value) if value.is_integer() else value
 
 
 def limited(kind, lowest=-MANY, highest=MANY):
-    """A type for argparse: a finite number from lowest to highest; if kind is int, a whole one."""
-    return lambda text: within_limits(number(text), kind, lowest, highest)
+    """A function that returns a number as one of the kind int or float. It raises ArgumentTypeError
+    if it is not from lowest to highest or, for int, not whole. argparse takes it as a type."""
+
+    def within_limits(value):
+        if not lowest <= number(value) <= highest or kind(number(value)) != number(value):
+            limits = f"{'whole ' * (kind is int)}number from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"{value} is not a {limits}")
+        return kind(number(value))
+
+    return within_limits
 
 
-def within_limits(value, kind, lowest, highest):
-    """The value, of the kind int or float. Raises ArgumentTypeError if it is not such a number, or
-    not from lowest to highest."""
-    fits = isinstance(value, (int, float)) and lowest <= value <= highest
-    if not fits or kind(value) != value:
-        limits = f"{KINDS[kind]} from {lowest} to {highest}"
-        raise argparse.ArgumentTypeError(f"{value!r}, not a {limits}")
-    return kind(value)
+def path(text):
+    """An argparse type: a path, in which ~ is the home folder, as in --output=~/grid.png."""
+    return Path(text).expanduser()
 
 
 def png_path(text):
     """An argparse type: the path of a .png file, which need not exist."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
-    return Path(text).expanduser()
+    return path(text)
 
 
 def add_setting_flags(parser, settings, source_file):
     """Add a flag for each of the settings {name: default}: --batch-size for BATCH_SIZE. Groups and
-    help texts are the sections and the comments of the file that assigns them."""
-    comments, groups = read_comments(source_file), {}
+    help texts come from the file that assigns them: a line such as "# --- data ---" begins a group,
+    and the comment at the end of a line is its help."""
+    source = Path(source_file or os.devnull).read_text("utf-8")  # no file: it was run by exec()
+    groups = {}
     for name, default in settings.items():
-        section, comment = comments.get(name, ("more settings", ""))
+        before, *after = re.split(rf"^{name}\b", source, maxsplit=1, flags=re.MULTILINE)
+        section = ["settings", *re.findall("^# --- (.*?) -*$", before, re.MULTILINE)][-1]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        flag = "--" + name.lower().replace("_", "-")
-        text = f"{comment} (default: {default})".replace("%", "%%")  # % is special to argparse
+        comment = re.match(r".*?#(.*)|", "".join(after))[1] or ""
+        text = f"{comment.strip()} (default: {default})".replace("%", "%%")  # special to argparse
         options = {"type": str if isinstance(default, str) else number, "metavar": ""}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+        flag = "--" + name.lower().replace("_", "-")
         groups[section].add_argument(flag, dest=name, help=text, **options)
 
 
-def read_comments(source_file):
-    """{name: (section, comment)} of the assignments in a Python file. A section begins with a
-    comment such as "# --- data ---"; the comment is the one at the end of the line."""
-    comments, section = {}, "settings"
-    # Without a file, the code was run by exec().
-    for line in Path(source_file or os.devnull).read_text("utf-8").splitlines():
-        if line.startswith("# --- "):
-            section = line.strip("# -")
-        assignment = re.match(r"([A-Z]\w*)[^#]*=[^#]*#?(.*)", line)
-        if assignment:
-            comments[assignment[1]] = section, assignment[2].strip()
-    return comments
-
-
 # Limits
+
+# {name: function that checks a value}. A constant that is not listed has no limits here; what sizes
+# a network may have, it says itself.
+LIMITS = {"SEED": limited(int, 0, MAX_SEED), "WARMUP_STEPS": limited(int, 0)}
+LIMITS |= dict.fromkeys(("STEPS", "BATCH_SIZE", "ACCUMULATE", "LOG_EVERY"), limited(int, 1))
+LIMITS |= dict.fromkeys(("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY"), limited(int, 1))
+LIMITS |= dict.fromkeys("FLIP_SHARE LABEL_DROP DECAY_SHARE EMA_DECAY".split(), limited(float, 0, 1))
+LIMITS |= dict.fromkeys(("LEARNING_RATE", "GRAD_CLIP", "T_STD"), limited(float, 0, 1e38))
+LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), limited(float))
 
 
 def checked(values):
     """The values {name: value}, numbers of the kind that is meant: 1e4 steps are 10000. Raises
     UserError, with the name, for one that no training could run with."""
-    for name in [name for name in LIMITS if name in values]:
+    for name in LIMITS.keys() & values:
         try:
-            values[name] = within_limits(values[name], *LIMITS[name])
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{name} is {error}") from error
+            values[name] = LIMITS[name](values[name])
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            raise UserError(f"{name} is {values[name]!r}: {error}") from error
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:
             raise UserError(f"{name} is {values[name]!r}: choose one of {', '.join(choices)}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import FEW, call, refused, save, solid, state
 
-from data.folders import find_pictures, split_of
+from data.folders import TEST, find_pictures, named
 from data.images import load_dataset, load_images
 
 
@@ -42,9 +42,9 @@ LAYOUTS = {
     "pictures in deeper folders": (tree("fish", "star/old/er"), FISH_STAR),
     "loose pictures": (["0.png", "1.jpg"], {"root": 2}),
     "one picture": (["0.png"], {"root": 1}),
-    "classes called like splits": (
-        tree("steam_train", "surf_board", "contest"),
-        {"contest": 2, "steam_train": 2, "surf_board": 2},
+    "classes whose names contain a split's": (
+        tree("steam_train", "devon", "contest"),
+        {"contest": 2, "devon": 2, "steam_train": 2},
     ),
     "train as a class": (tree("train", "boat"), {"boat": 2, "train": 2}),
     "train as a class of each split": (
@@ -54,23 +54,21 @@ LAYOUTS = {
     "train alone": (tree("train/fish", "train/star"), FISH_STAR),
     "a wrapper": (PETS, FISH_STAR),
     "wrappers in a wrapper": (tree("a/images/all/fish", "a/images/all/star"), FISH_STAR),
-    "a banner beside a wrapper": (["banner.png", *PETS], FISH_STAR),
-    "a banner inside a wrapper": (["Pets/banner.png", *PETS], FISH_STAR),
-    "a banner beside class folders": (["banner.png", *tree("fish", "star")], FISH_STAR),
+    "a banner beside splits": (["banner.png", *tree("train/fish", "train/star", "val")], FISH_STAR),
     "documents beside class folders": (["meta/classes.txt", *tree("fish", "star")], FISH_STAR),
     "documents beside a wrapper": (["meta/classes.txt", "README.md", *PETS], FISH_STAR),
     "a wrapper of splits": (tree("a/train/fish", "a/train/star", "a/test/fish"), FISH_STAR),
     "splits of loose pictures": (tree("train", "val"), {"train": 2}),
     "splits inside of the classes": (
-        ["star/loose.png", *tree("fish/train", "fish/test", "star/train", "star/test")],
-        {"fish": 2, "star": 3},
+        tree("fish/train", "fish/test", "star/train", "star/test"),
+        FISH_STAR,
     ),
     "hidden folders and what systems leave": (
         tree("fish", "star", ".cache", ".git/x", "__MACOSX", "fish/@eaDir", "$RECYCLE.BIN")
         + ["._banner.png", "fish/.0.png", "lost+found/0.png"],
         FISH_STAR,
     ),
-    "a run": (["out/train_state.pt", "out/samples/a.png", *tree("fish", "star")], FISH_STAR),
+    "a run": (["out/model.safetensors", "out/samples/a.png", *tree("fish", "star")], FISH_STAR),
     "a run that has just begun": (["out/.gitignore", *tree("fish", "star")], FISH_STAR),
     "grids": (
         ["samples/class-3-seed-0.png", "out/samples/step-000250.png", *tree("fish", "star")],
@@ -78,6 +76,8 @@ LAYOUTS = {
     ),
     "classes with a folder called samples": (tree("fish/samples", "star/samples"), FISH_STAR),
     "capital endings": (["fish/0.HEIC", "fish/1.PNG", "star/0.Jpeg"], {"fish": 2, "star": 1}),
+    "rarer endings": (["fish/0.tga", "fish/1.psd", "star/0.dds", "star/1.qoi"], FISH_STAR),
+    "an archive": (["old.tar", *tree("fish", "star")], FISH_STAR),
 }
 for train, test in (
     ("train", "test"),
@@ -93,6 +93,11 @@ for train, test in (
     ("train", "test_images"),
     ("trainval", "test1"),
     ("train", "holdout"),
+    ("train", "validate"),
+    ("train", "test_stg1"),
+    ("TrainImages", "TestImages"),
+    ("trainingdata", "testdata"),
+    ("Training", "PublicTest"),
 ):
     names = [f"{split}/{name}" for split in (train, test) for name in ("fish", "star")]
     LAYOUTS[f"{train} beside {test}"] = (tree(*names, f"{test}/only here", "extra/x"), FISH_STAR)
@@ -114,11 +119,18 @@ def test_a_layout_is_read_as_its_owner_means_it(tmp_path, layout):
 
 # words of the error -> what the folder "root" holds
 REFUSED = {
-    "root has 2 pictures beside the folder edited: put all": "0.png 1.png edited/0.png",
-    "root has 2 pictures beside the folder a, b: put all": "0.png 1.png a/0.png b/0.png",
-    "fish has 2 pictures beside the folder old": "fish/0.png fish/1.png fish/old/0.png",
+    "root has pictures beside edited: put all": "0.png 1.png edited/0.png",
+    "root has pictures beside a: put all": "0.png 1.png a/0.png b/0.png",
+    "root has pictures beside Pets": "banner.png Pets/fish/0.png Pets/star/0.png",
+    "fish has pictures beside old": "fish/0.png fish/1.png fish/old/0.png",
     "test_images is for testing": "fish/0.png star/0.png test_images/0.png",
     "holdout is for testing": "fish/0.png star/0.png holdout/0.png",
+    "test1 is for testing": "test1/fish/0.png",
+    "testA is for testing": "trainA/0.png trainB/0.png testA/0.png testB/0.png",
+    "val is for testing": "fish/0.png fish/val/1.png",
+    "fish has no picture, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
+    "fish has no picture, but x": "fish/x star/0.png shell/0.png",
+    "labels has no picture, but a.npy": "images/0.png labels/a.npy",
 }
 
 
@@ -131,15 +143,9 @@ def test_a_folder_with_two_readings_is_refused(tmp_path, words):
 
 def test_what_is_left_out_is_counted_by_kind(tmp_path):
     make(tmp_path, *tree("train/fish", "train/star", "test/fish", "extra"), "banner.jpg")
-    make(tmp_path, "train/a.TXT", "train/fish/b.txt", "c", "train/banner.jpg", "labels.csv")
-    assert counts(tmp_path)[1] == {
-        "in test (train is used, and a twentieth of it held out)": 2,
-        "in extra (train is used, and a twentieth of it held out)": 2,
-        "beside the folders": 2,
-        ".txt": 2,
-        ".csv": 1,
-        "without an ending": 1,
-    }
+    make(tmp_path, "train/a.TXT", "train/fish/b.txt", "c", "labels.csv")
+    expected = {"in test": 2, "in extra": 2, "in banner.jpg": 1, ".txt": 2, "without an ending": 1}
+    assert counts(tmp_path)[1] == {**expected, ".csv": 1}
 
 
 def test_links_are_followed_and_circles_are_not(tmp_path):
@@ -196,13 +202,13 @@ def test_a_class_of_which_no_picture_can_be_read_is_named(tmp_path):
         load_images(tmp_path / "empty", 16)
 
 
-NOWHERE = ["no", "./no", "/no/no", "a/b/c", "a/b.zip", "a b/c", "ü/x", "~no/x"]
+NOWHERE = ["no", "./no", "/no/no", "a/b/c", "a b/c", "ü/x", "~no/x"]
 
 
 @pytest.mark.parametrize("name", NOWHERE)
 def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path, name):
     line = refused("train", *FEW, "--dataset", name, cwd=tmp_path)
-    assert f"no such folder: {name}" in line
+    assert f'no such folder: "{name}"' in line
 
 
 def test_a_folder_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
@@ -215,7 +221,7 @@ def test_a_folder_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
 def test_an_archive_has_to_be_unpacked(tmp_path):
     for name in ("d.zip", "d.tar.gz", "d.rar"):
         (tmp_path / name).write_bytes(b"PK")
-        with pytest.raises(UserError, match=f"{name} .if it is an archive, unpack it"):
+        with pytest.raises(UserError, match=f'{name}" .if it is an archive, unpack it'):
             load_dataset(str(tmp_path / name), 16)
 
 
@@ -236,9 +242,8 @@ def test_the_table_of_a_kaggle_set_labels_the_pictures_in_train(tmp_path, capsys
     names = {name: [path.name for path in paths] for name, paths in classes.items()}
     assert names == {"MONARCH": ["1.jpg", "2.jpg"], "RED ADMIRAL": ["0.jpg"]}
     assert list(names) == sorted(names)
-    assert f"labels from {tmp_path / 'Training_set.csv'}" in capsys.readouterr().out
-    in_test = "in test (train is used, and a twentieth of it held out)"
-    assert dict(+passed_over) == {in_test: 1, ".csv": 1}
+    assert f"labels as in {tmp_path / 'Training_set.csv'}" in capsys.readouterr().out
+    assert dict(+passed_over) == {"in test": 1}
 
 
 READABLE = [
@@ -251,6 +256,8 @@ READABLE = [
     "id,species,filepath\n7,a,C:\\fish\\0.jpg\n8,b,train/1.jpg\n9,a,/home/me/2.jpg\n",
     "filename,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n0.jpg,a\n",  # a row twice
     "filename,label\n0.jpg,a\n\n1.jpg,b\n2.jpg,a,more\n3.jpg\n",  # short and long rows
+    "id,species,photo\n2,a,0.jpg\n0,b,1.jpg\n1,a,2.jpg\n",  # ids that look like names
+    ",fname,label\n0,0.jpg,a\n1,1.jpg,b\n2,2.jpg,a\n",  # pandas' index
 ]
 
 
@@ -264,36 +271,75 @@ def test_tables_in_other_words_and_places(tmp_path, text, place):
     assert found in ({"a": 2, "b": 1}, {"a": 2, "b, or c": 1})
 
 
-def test_rows_without_a_picture_are_counted(tmp_path):
-    kaggle(tmp_path, "a", "b", "a")
-    (tmp_path / "train" / "2.jpg").unlink()
-    found, passed_over = counts(tmp_path)
-    assert found == {"a": 1, "b": 1} and passed_over["in Training_set.csv without a picture"] == 1
+# What a file beside the folders fish and star, of the pictures 0, 1 and 2, 3, holds.
+BESIDE = [
+    ("labels.csv", "file,label\n0.png,a\n1.png,a\n2.png,b\n3.png,b\n"),  # in other words
+    ("boxes.csv", "file,x,y\n0.png,5,6\n1.png,5,6\n"),  # no labels
+    ("species.csv", "label,size\nfish,5\nstar,6\n"),  # no pictures
+    ("broken.csv", "file,label\n\0\udcff"),
+    ("test_labels.csv", "file,label\n0.png,a\n2.png,a\n"),
+    ("classes.json", '{"fish": 0, "star": 1}'),
+]
 
 
-def test_a_table_beside_class_folders_is_passed_over(tmp_path):
-    make(tmp_path, *tree("fish", "star"))
-    (tmp_path / "labels.csv").write_text("file,label\n0.png,a\n1.png,b\n0.png,c\n")
-    (tmp_path / "broken.csv").write_bytes(b"\xff\xfe\x00\x01 file,label\n\x00")
-    assert counts(tmp_path) == (FISH_STAR, {".csv": 2})
+@pytest.mark.parametrize("name, text", BESIDE)
+def test_folders_win_over_a_file_beside_them(tmp_path, name, text):
+    make(tmp_path, "fish/0.png", "fish/1.png", "star/2.png", "star/3.png")
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert counts(tmp_path)[0] == FISH_STAR
 
 
+CONTRADICTING = [
+    ("labels.csv", "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n", "sort .* differently"),
+    ("labels.csv", "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n", "sort .* differently"),
+    ("labels.csv", "file,label\n0.png,a\n1.png,b\n", "the label of .*2.png is missing"),
+    ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "for testing"),
+    ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "label of .* missing"),
+    ("metadata.jsonl", '{"file_name": "0.png", "label": 1}\n', "label of .*0.png is missing"),
+]
+
+
+@pytest.mark.parametrize("name, text, words", CONTRADICTING)
+def test_a_file_that_contradicts_the_folders_is_refused(tmp_path, name, text, words):
+    make(tmp_path, "fish/0.png", "fish/1.png", "star/2.png", "star/3.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.*{words}"):
+        find_pictures(tmp_path)
+
+
+def test_a_table_of_names_that_are_not_unique_says_nothing_about_folders(tmp_path):
+    make(tmp_path, *tree("train/fish", "train/star", "valid/fish", "valid/star"))
+    rows = "train/fish/0.png,fish,train\ntrain/star/0.png,star,train\nvalid/fish/1.png,fish,valid\n"
+    (tmp_path / "all.csv").write_text(f"filepaths,labels,data set\n{rows}")
+    assert counts(tmp_path)[0] == FISH_STAR
+
+
+SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
+BOTH = "id,fish,species\n0,1,a\n1,2,b\n2,0,a\n"
+NEEDED = "the columns filename and label"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
-    ("labels.csv", "photo,species\n0.jpg,a\n", "one table is needed, with a column filename"),
-    ("m.csv", "file_name,text\n0.jpg,A fish.\n", "m.csv: one table is needed"),
-    ("labels.csv", "filename,label\n", "labels.csv: one table is needed"),  # no rows
-    ("labels.csv", "", "labels.csv: one table is needed"),
-    ("test.csv", OF_TESTING, "test.csv: one table is needed"),
-    ("x.csv y.csv", OF_TESTING, "x.csv, .*y.csv: one table is needed"),
-    ("metadata.jsonl", '{"file_name": "0.jpg", "label": 1}\n', "l: one table is needed"),
-    ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv should be CSV in UTF-8"),
-    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv should be CSV in UTF-8"),
-    ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv has no label for .*0.jpg"),
-    ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "labels.csv has no label for .*1.jpg"),
-    ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "labels.csv gives 0.jpg two labels"),
-    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "labels.csv gives 0.jpg two labels"),
+    ("labels.csv", "photo,species\n0.jpg,a\n", "labels.csv: the label of .*1.jpg is missing"),
+    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv: .*missing; .*{NEEDED}"),
+    ("labels.csv", "filename,label\n", f"labels.csv: .*missing; .*{NEEDED}"),  # no rows
+    ("labels.csv", "", f"labels.csv: .*missing; .*{NEEDED}"),
+    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv: .*missing; .*{NEEDED}"),
+    ("test.csv", OF_TESTING, "test.csv: .* missing"),
+    ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
+    ("metadata.jsonl", '{"file_name": "0.jpg", "label": 1}\n', "metadata.jsonl: .* missing"),
+    ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv: the label .*UTF-8"),
+    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv: .*1.jpg is missing"),
+    ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv: the label of .*0.jpg is missing"),
+    ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
+    ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
+    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is a and b"),
+    ("labels.csv", BOTH, "label of .* is a and b"),  # two columns that may have names
+    ("labels.csv", "file,label,species\n0.jpg,a,b\n", f"missing; .*{NEEDED}"),  # two of labels
+    ("labels.csv", SPLIT.format("split", "train", "test", "train"), "testing, by the column split"),
+    ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", "x"), "by the column Usage"),
+    ("labels.csv", SPLIT.format("is_valid", "True", "False", "True"), "by the column is_valid"),
+    ("labels.csv", SPLIT.format("isTrain", "1", "0", "1"), "by the column isTrain"),
 ]
 
 
@@ -316,6 +362,6 @@ def test_a_heic_that_a_table_names_is_said_to_need_a_plug_in(tmp_path, capsys):
     assert "0.heic" in err and "pip install pillow-heif" in err
 
 
-@pytest.mark.parametrize("name", ["strain", "training_day_test", "contest", "value", "Devon"])
+@pytest.mark.parametrize("name", ["strain", "contest", "value", "Devon", "Testament", "birds"])
 def test_words_that_contain_a_split_are_none(name):
-    assert split_of(name) in (name.lower(), "*train")  # not for testing
+    assert not named(TEST, name)

@@ -1,6 +1,6 @@
-"""Pictures of every kind come out right, in the colours of their profiles; packed files and parquet
-are read as folders are."""
+"""Pictures of every kind come out right; packed files and parquet are read as folders are."""
 
+import contextlib
 import io
 import os
 import struct
@@ -14,7 +14,7 @@ from support.settings import UserError
 import pytest
 import torch
 from helpers import FEW, RED, call, refused, save, solid, start
-from PIL import Image, ImageCms
+from PIL import Image
 from safetensors.torch import save_file
 
 from data import images as reading
@@ -62,11 +62,14 @@ def test_modes_and_formats(tmp_path, name, image, options, colour):
 
 
 def test_every_ending_that_pillow_writes_is_read(tmp_path):
-    for ending in PICTURES.split():
-        if Image.registered_extensions().get(ending) in Image.SAVE:
-            save(solid("L", 90), tmp_path / "class" / f"0{ending}")
+    written = []
+    for ending in PICTURES & {key for key, kind in Image.registered_extensions().items()}:
+        with contextlib.suppress(KeyError, OSError, ValueError):  # of formats that it only reads
+            save(solid("RGB", (90, 90, 90)), tmp_path / "class" / f"0{ending}")
+            written.append(ending)
     images, _, _ = load_images(tmp_path, 16)
-    assert len(images) >= 10 and (images.int() - 90).abs().max() < 4
+    assert 35 <= len(images) <= len(written) and {".tga", ".avif", ".jp2"} <= set(written)
+    assert (images.int() - 90).abs().max() < 4
 
 
 def test_exif_rotation_is_undone(tmp_path):
@@ -94,58 +97,44 @@ def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size(tmp_path, monke
     assert spy.call_args.args[0].size == (100, 50)
 
 
-# Colour profiles, made from that of sRGB by edits of its bytes
-
-OF_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-SWAPPED = OF_SRGB.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
-LIGHT = OF_SRGB.replace(b"RGB ", b"GRAY").replace(b"rTRC", b"kTRC")
-LIGHT = LIGHT.replace(b"\0\2\x66\x66", b"\0\1\0\0")  # exponent 1 for 2.4: of linear light
-COLOUR, BECOMES = (60, 200, 90), (200, 60, 90)  # where red and green are swapped
-
-
-def ink_profile():
-    """Of a printer whose black ink alone shows: lightness falls from 100 to 0 with it."""
-    corners = bytes([255, 128, 128, 0, 128, 128] * 8)
-    unit = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9)))
-    line = bytes(range(256))
-    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + unit + 4 * line + corners + 3 * line
-    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
-    head = OF_SRGB[4:128].replace(b"RGB ", b"CMYK").replace(b"XYZ ", b"Lab ")
-    return struct.pack(">I", 128 + len(tags)) + head + tags
+def grey_tiff(path, bits, zero_is_white, value, kind=1):
+    """Write a grey TIFF of 4x4 pixels of the same value."""
+    data = struct.pack("<H", value) * 16
+    if bits == 12:  # two in three bytes
+        data = (value << 12 | value).to_bytes(3, "big") * 8
+    size = {256: 4, 257: 4, 258: bits, 259: 1, 262: 0 if zero_is_white else 1, 273: 8, 277: 1}
+    tags = {**size, 278: 4, 279: len(data), 339: kind}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(b"II*\0" + struct.pack("<I", 8 + len(data)) + data)
+        file.write(struct.pack("<H", len(tags)))
+        for tag, number in tags.items():
+            file.write(struct.pack("<HHII", tag, 4, 1, number))
+        file.write(bytes(4))
 
 
-PROFILES = [
-    ("0.png", solid("RGB", COLOUR), SWAPPED, BECOMES),
-    ("0.tif", solid("RGB", COLOUR), SWAPPED, BECOMES),
-    ("0.webp", solid("RGB", COLOUR), SWAPPED, BECOMES),
-    ("0.jpg", solid("RGB", COLOUR), SWAPPED, BECOMES),
-    ("palette.png", solid("RGB", COLOUR).quantize(4), SWAPPED, BECOMES),
-    ("grey.png", solid("L", 128), LIGHT, (192, 192, 192)),
-    ("ink.tif", solid("CMYK", (200, 0, 0, 0)), ink_profile(), WHITE),
-    # Those of another kind of picture, and broken ones, are ignored.
-    ("grey.png", solid("L", 90), SWAPPED, (90, 90, 90)),
-    ("ink.tif", solid("CMYK", (0, 255, 255, 0)), SWAPPED, (255, 0, 0)),
-    ("0.tif", solid(), LIGHT, RED),
-    ("0.tif", solid(), ink_profile(), RED),
-    ("0.png", solid(), b"nothing", RED),
-    ("0.png", solid(), SWAPPED[:100], RED),
-    ("0.png", solid(), SWAPPED[:-200], RED),
-]
+@pytest.mark.parametrize(
+    "bits, zero_is_white, value, grey",
+    [(16, False, 60000, 233), (16, True, 60000, 22), (12, False, 4000, 249), (12, False, 100, 6)],
+)
+def test_numbers_of_a_tiff_are_read_as_its_tags_say(tmp_path, bits, zero_is_white, value, grey):
+    grey_tiff(tmp_path / "class" / "0.tif", bits, zero_is_white, value)
+    images, _, _ = load_images(tmp_path, 16)
+    assert (images == grey).all()
 
 
-# Numbered, as a profile holds the second in which it was made, which differs between workers.
-@pytest.mark.parametrize("name, image, profile, colour", PROFILES, ids=range(len(PROFILES)))
-def test_the_colours_of_a_profile_become_those_of_srgb(tmp_path, name, image, profile, colour):
-    options = {"icc_profile": profile, "quality": 95, "lossless": True}
-    assert_colour(read_one(tmp_path, image, name, **options), colour, 5)
+def test_numbers_that_only_their_owner_can_read_are_passed_over_with_a_reason(tmp_path, capsys):
+    grey_tiff(tmp_path / "a" / "signed.tif", 16, False, 90, kind=2)
+    save(Image.new("F", (4, 4), 0.5), tmp_path / "a" / "floats.tif")
+    save(solid(), tmp_path / "a" / "good.png")
+    assert len(load_images(tmp_path, 16)[0]) == 1
+    err = capsys.readouterr().err
+    assert "unreadable: 2" in err and "floats.tif: which of its numbers is white" in err
 
 
-def test_a_profile_beside_transparency(tmp_path):
-    image = solid("RGBA", (*COLOUR, 255))
-    image.paste((0, 0, 0, 0), (0, 0, 20, 10))
-    picture = read_one(tmp_path, image, icc_profile=SWAPPED)
-    assert picture[:, 0].min() == 255
-    assert_colour(picture[:, -1:].repeat(1, 16, 1), BECOMES)
+def test_a_photograph_of_200_megapixels_is_read(tmp_path):
+    image = Image.new("L", (16384, 12288), 90)
+    assert_colour(read_one(tmp_path, image, "0.jpg", quality=50), (90, 90, 90))
 
 
 # Data sets
@@ -158,14 +147,14 @@ def test_what_cannot_be_read_is_named_and_what_is_no_picture_counted(tmp_path, c
     (tmp_path / "class" / "notes.txt").write_text("no picture")
     assert len(load_images(tmp_path, 16)[0]) == 1
     err = capsys.readouterr().err
-    assert "skipped as unreadable: 1 (" in err and "cut.png" in err
+    assert "skipped as unreadable: 1, such as" in err and "cut.png: image file is trunc" in err
     assert "passed over: 1 .txt" in err
-    Image.new("1", (20000, 20000)).save(tmp_path / "class" / "bomb.png")
+    Image.new("1", (23000, 23000)).save(tmp_path / "class" / "bomb.png")
     for n in range(20):
         (tmp_path / "class" / f"{n}.heic").write_bytes(b"\0\0\0 ftypheic")
     assert len(load_images(tmp_path, 16)[0]) == 1
     err = capsys.readouterr().err
-    assert ": 22 (" in err and err.count(".heic") == 10
+    assert ": 22, such as" in err and err.count(".heic: cannot identify") == 5
     assert "pip install pillow-heif" in err
 
 

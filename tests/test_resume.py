@@ -117,11 +117,11 @@ def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, na
 def test_a_crash_between_any_two_files_is_made_up_for(short, pictures, tmp_path, monkeypatch, name):
     replace, seen = checkpoint.replace, []
 
-    def crash(source, target):
+    def crash(source, target, needed=True):
         seen.append(target.name)
         if target.name == name and (seen.count(name) == 3 or name.endswith("png")):
             raise KeyboardInterrupt
-        replace(source, target)
+        replace(source, target, needed)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "replace", crash)

@@ -168,7 +168,7 @@ BAD += "HEADS=3 CONV_DIM=-2"
 def test_a_flag_out_of_range_is_refused_by_name(tmp_path, setting):
     name, value = setting.split("=")
     line = refused("train", *FEW, "--dataset", "drawn", f"{flag_of(name)}={value}", cwd=tmp_path)
-    assert (name in line or flag_of(name) in line) and value in line
+    assert flag_of(name)[2:].replace("-", "_") in line.lower().replace("-", "_") and value in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -588,17 +588,6 @@ def test_too_little_memory_or_disk_is_one_line(monkeypatch, pictures, tmp_path, 
     expected = str(error) if isinstance(error, OSError) else "out of memory: "
     line = err.splitlines()[-1]
     assert line.startswith(f"train.py: error: {expected}")
-    if isinstance(error, OSError):  # which a line of one's own may have raised
-        assert re.search(r"\(train\.py, line \d+\)$", line)
-
-
-def test_a_folder_made_twice_shows_the_line_that_made_it(use, pictures, tmp_path):
-    use(edited(tmp_path, "train.py", (LOOP, LOOP + "            import os; os.mkdir('frames')\n")))
-    run = [*FEW, "--dataset", pictures, "--steps", 2]
-    _, err = call("train", *run, cwd=tmp_path, status=2)
-    text = (tmp_path / "copy" / "train.py").read_text().splitlines()
-    number = 1 + [i for i, line in enumerate(text) if "os.mkdir('frames')" in line][0]
-    assert f"'frames' (train.py, line {number})" in err.splitlines()[-1]
 
 
 # Long

@@ -68,7 +68,6 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
         weight.numel() for weight in DiT.from_pretrained(tmp_path / "out").parameters()
     )
     assert f"{parameters / 1e6:.2f} M parameters, on cpu in fp32" in out
-    assert "each picture trained on is seen 0.4 times" in out
     assert "2/2" in err  # the bar counts steps
 
 
@@ -224,7 +223,7 @@ def test_a_second_training_into_a_folder_is_refused(trained, pictures, tmp_path)
 
 def test_an_empty_name_of_a_data_set_is_refused(pictures):
     line = refused("train", *FEW, "--dataset", "", "--steps", 1, cwd=pictures)
-    assert "--dataset is empty" in line
+    assert 'no such folder: ""' in line
 
 
 # Beginning with the weights of a trained network
@@ -261,8 +260,8 @@ def test_classes_of_the_same_name_and_the_null_class_keep_their_embeddings(train
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--dim", 32], ["--init-from", "DIM 16", "this run differs"]),
-        (["--init-from", "nowhere"], ["no model in nowhere"]),
+        (["--dim", 32], ["--init-from", "is of another network", "16"]),
+        (["--init-from", "nowhere"], ["no network in nowhere: config.json is missing"]),
         (["--resume"], ["--init-from", "--resume"]),
     ],
 )
