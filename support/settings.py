@@ -83,8 +83,8 @@ def parse(parser, arguments, presets=()):
 
 def nearest(name, names):
     """ "; did you mean ...?" of the names that are most like one that is not among them, or ""."""
-    near = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def number(value):

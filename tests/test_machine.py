@@ -152,11 +152,11 @@ def test_devices_that_are_not_here_are_refused(monkeypatch):
     for name in ("cuda:77", "abacus", "", "cuda:x"):
         with pytest.raises(UserError, match=f'DEVICE "{name}"'):
             machine.pick_device(name)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert machine.pick_device("auto") == CPU
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
-    assert machine.pick_device("auto").type == "meta"
+    # The last one is a GPU that is there and cannot be used.
+    for accelerator, found in ((None, "cpu"), ("meta", "meta"), ("cuda:77", "cpu")):
+        device = accelerator and torch.device(accelerator)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
+        assert machine.pick_device("auto").type == found
 
 
 def test_each_process_has_a_gpu_of_its_own_before_the_group_starts(fake_cuda, monkeypatch):
@@ -171,6 +171,31 @@ def test_each_process_has_a_gpu_of_its_own_before_the_group_starts(fake_cuda, mo
     machine.join_processes(CPU, batch_size=8)
     # Named, as without a name the group would have the accelerator's backend alone.
     assert asked == ["cuda:1", "cpu:gloo,cuda:nccl"] * 2 + ["gloo"]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda"])
+def test_several_processes_where_they_cannot_meet_are_one_line(monkeypatch, device):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)  # as on Windows
+    with pytest.raises(UserError, match="leave out torchrun"):
+        machine.join_processes(torch.device(device), batch_size=8)
+
+
+LEFT_OVER = [
+    {"RANK": "1"},
+    {"WORLD_SIZE": "4", "LOCAL_RANK": "1"},
+    {"RANK": "1", "MASTER_ADDR": "x"},
+]
+
+
+@pytest.mark.parametrize("variables", LEFT_OVER)
+def test_variables_of_another_program_are_not_torchruns(pictures, tmp_path, variables):
+    code = "import support, train; train.main()"
+    flags = [*FEW, "--dataset", pictures, "--steps", 1, "--out-dir", tmp_path / "out"]
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True)
+    assert run.returncode == 0 and b"3 classes" in run.stdout
+    assert (tmp_path / "out" / "train_state.pt").exists()
 
 
 # Precision

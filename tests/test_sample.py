@@ -1,5 +1,6 @@
 """sample.py as a user calls it: pictures, names, files, and refusals."""
 
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -248,7 +249,8 @@ def test_class_names_cannot_write_outside_the_folder(tmp_path):
     [
         ("--class-id 3", ["--class-id 3", "from 0 to 2"]),
         ("--class-id -1", ["-1"]),
-        ("--class-name yelow", ["yelow", "--list-classes"]),
+        ("--class-name Red-Eye-Pointed", ["--list-classes", "did you mean red-eyes-pointed?"]),
+        ("--sed 3", ["--sed 3; did you mean --seed"]),
         ("--steps 0", ["--steps", "from 1"]),
         ("--cfg-scale nan", ["--cfg-scale", "number"]),
         ("--eta 1.5", ["--eta", "0 to 1"]),
@@ -264,6 +266,20 @@ def test_what_cannot_be_is_one_line_and_status_2(trained, flags, words):
     line = refused("sample", *flags.split(), cwd=trained)
     assert all(word in line.replace("\\", "/") for word in words), line
     assert sorted(trained.rglob("*")) == before
+
+
+def test_where_nothing_was_trained_the_networks_that_are_there_are_named(tmp_path):
+    line = refused("sample", cwd=tmp_path)
+    assert "assets/laptop" in line and "assets/butterflies" in line
+
+
+def test_a_path_may_begin_at_the_home_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(trained / "out", tmp_path / "out")
+    paths = ["--checkpoint=~/out", "--output=~/grid.png", "--save-images=~/many"]
+    call("sample", *paths, "--steps", 1, cwd=trained)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "grid.png", "many"}
 
 
 def test_main_runs_in_a_notebook(trained, monkeypatch, capsys):

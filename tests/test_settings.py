@@ -590,6 +590,13 @@ def test_too_little_memory_or_disk_is_one_line(monkeypatch, pictures, tmp_path, 
     assert line.startswith(f"train.py: error: {expected}")
 
 
+@pytest.mark.parametrize("flag, near", [("--bath-size=4", "--batch-size"), ("--stesp", "--steps")])
+def test_a_mistyped_flag_names_the_nearest(tmp_path, flag, near):
+    line = refused("train", flag, "--dataset", "drawn", cwd=tmp_path)
+    assert re.search(f"unrecognized arguments: {flag}; did you mean {near}\\?", line)
+    assert "laptop" in refused("train", "--preset", "labtop", cwd=tmp_path)
+
+
 # Long
 
 

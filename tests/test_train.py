@@ -1,13 +1,17 @@
 """Training as a user sees it: what a run prints, writes, refuses, and begins with."""
 
+import errno
 import shutil
 import time
+from pathlib import Path
+from unittest import mock
 
 from support import checkpoint
 
 import pytest
 import torch
 from helpers import FEW, SMALL, call, files, opened, refused, rows, save, solid, state
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -187,9 +191,9 @@ def test_a_folder_that_holds_a_run_is_kept(trained, pictures):
     assert files(trained) == before
 
 
-@pytest.mark.parametrize("name", ["log.csv", "model.safetensors", "train_state.pt"])
+@pytest.mark.parametrize("name", ["log.csv", "model.safetensors", "samples/step-001000.png"])
 def test_what_is_left_of_a_run_is_kept_too(pictures, tmp_path, name):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples").mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
     line = refused("train", *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
     assert "holds a run" in line
@@ -219,6 +223,32 @@ def test_a_second_training_into_a_folder_is_refused(trained, pictures, tmp_path)
             assert "another training" in line and "--out-dir" in line
     assert files(out) == before
     call("train", "--resume", "--steps", 32, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_disk_without_locks_is_a_warning(pictures, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(checkpoint.FileLock, "acquire", mock.Mock(side_effect=error))
+    _, err = call("train", *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
+    assert err.count("warning: no lock keeps others from out") == 1
+    assert (tmp_path / "out" / "train_state.pt").exists()
+
+
+def test_a_log_that_a_spreadsheet_holds_open_does_not_end_the_run(pictures, tmp_path, monkeypatch):
+    replace, held = Path.replace, []
+
+    def of_windows(self, target):
+        if target.name == "log.csv" and len(held) < 8:  # two rows: four attempts each
+            held.append(target)
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", of_windows)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    run = [*FEW, "--dataset", pictures, "--steps", 6, "--eval-every", 2]
+    _, err = call("train", *run, cwd=tmp_path)
+    assert err.count("warning: out/log.csv is open in another program") == 2
+    assert [row["step"] for row in rows(tmp_path / "out")] == ["2", "4", "6"]
+    assert not list((tmp_path / "out").glob(".writing*"))
 
 
 def test_an_empty_name_of_a_data_set_is_refused(pictures):
@@ -255,6 +285,37 @@ def test_classes_of_the_same_name_and_the_null_class_keep_their_embeddings(train
             assert not any(torch.allclose(tensor[1], row, atol=1e-2) for row in before[name])
         else:
             torch.testing.assert_close(tensor, before[name], atol=1e-7, rtol=1e-6)
+
+
+def test_layers_that_the_trained_network_lacks_stay_as_they_are_and_are_named(
+    trained, tmp_path, capsys
+):
+    shutil.copytree(trained / "out", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["blocks.0.attention.scale"]  # as if this layer had been added since
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="attention.scale"):
+        DiT.from_pretrained(tmp_path / "model")
+    assert DiT.from_pretrained(tmp_path / "model", strict=False).lacking == [
+        "blocks.0.attention.scale"
+    ]
+
+    model = DiT.from_pretrained(trained / "out")
+    model.lora = torch.nn.Linear(16, 2)  # another one, whatever DiT is called with
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.nn.init.zeros_(model.patch_embedding.weight)
+    train.load_initial_weights(tmp_path / "model", model)
+    out = capsys.readouterr().out
+    assert "3 of 3 classes are known" in out
+    assert "['blocks.0.attention.scale', 'lora.weight', 'lora.bias']" in out
+    for name in ("lora.weight", "patch_embedding.weight", "blocks.0.mlp.0.weight"):
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert (model.blocks[0].attention.scale == 1).all()
+
+    weights["extra"] = torch.zeros(3)  # and one that is no longer there
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="extra"):
+        DiT.from_pretrained(tmp_path / "model", strict=False)
 
 
 @pytest.mark.parametrize(
