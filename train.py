@@ -130,26 +130,33 @@ def rectified_flow_loss(model, x, y, t, noise):
     return F.mse_loss(model(z_t, t, y), v)
 
 
-def random_batch(images, labels, train_ids, num_classes, step):
-    """The training batch of a step, which SEED and the step determine.
+def random_batch(images, labels, train_ids, num_classes, step, device="cpu", rank=0, world_size=1):
+    """The training batch of a step, which SEED and the step determine, on the device. Of several
+    processes, each gets a slice of it.
 
     images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N are trained on. Returns
     pictures x (B,3,S,S) in [-1, 1], class ids y (B,), of which some are num_classes, the null
     class, times t (B,) from MIN_T to 1, and noise (B,3,S,S).
     """
-    # Drawn on the CPU, so that every process and every kind of device has the same batch.
+    # What is small is drawn on the CPU: every process, and every kind of device, has the same.
     generator = torch.Generator().manual_seed(sample.stream(SEED, step))
     chosen = train_ids[torch.randint(len(train_ids), (BATCH_SIZE,), generator=generator)]
     flipped = torch.rand(BATCH_SIZE, generator=generator) < FLIP_SHARE
     dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROP
     n = torch.randn(BATCH_SIZE, generator=generator)
-    noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator)
     t = torch.sigmoid(T_MEAN + T_STD * n).clamp_min(MIN_T)
-
-    x = images[chosen].float() / 127.5 - 1
-    x = torch.where(flipped[:, None, None, None], x.flip(3), x)
     y = torch.where(dropped, num_classes, labels[chosen])
-    return x, y, t, noise
+
+    # What is large is made on the device, to which the pictures go as bytes. Each process draws the
+    # noise of the whole batch, so that any number of them has the same.
+    if torch.device(device).type != "cpu":
+        generator = torch.Generator(device).manual_seed(sample.stream(SEED, step))
+    noise = torch.randn(BATCH_SIZE, *images.shape[1:], generator=generator, device=device)
+    mine = slice(BATCH_SIZE * rank // world_size, BATCH_SIZE * (rank + 1) // world_size)
+    batch = (images[chosen[mine]], flipped[mine], y[mine], t[mine])
+    x, flipped, y, t = machine.to_device(batch, torch.device(device))
+    x = torch.where(flipped[:, None, None, None], x.flip(3), x).float() / 127.5 - 1
+    return x, y, t, noise[mine]
 
 
 def held_out(labels):
@@ -157,9 +164,8 @@ def held_out(labels):
     or of fewer where that would be more than about 1,000. Classes of fewer than four pictures
     are only trained on; if there are no others, those of a single one."""
     counts = labels.bincount()
-    least = 4 if counts.max() >= 4 else 2
     by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
-    candidates = by_class[counts[labels[by_class]] >= least]
+    candidates = by_class[counts[labels[by_class]] >= (4 if counts.max() >= 4 else 2)]
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[candidates[:: max(20, len(candidates) // 1000)]] = True
     return mask
@@ -225,14 +231,13 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
         # that it is no stream of a batch.
         torch.manual_seed(sample.stream(SEED, -(step * world_size + rank)))
 
-        # All processes draw the same batch. The gradients of their slices, each of them cut into up
-        # to ACCUMULATE parts, add up to that of the whole.
-        batch = random_batch(images, labels, train_ids, ema.num_classes, step)
-        slices = [tensor.tensor_split(world_size)[rank] for tensor in batch]
-        parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in slices)))
+        # The gradients of the processes' slices of a batch, each of them cut into up to ACCUMULATE
+        # parts, add up to that of the whole.
+        here = (device, rank, world_size)
+        batch = random_batch(images, labels, train_ids, ema.num_classes, step, *here)
+        parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in batch)))
         step_loss = torch.zeros((), device=device)
-        for number, part in enumerate(parts, 1):
-            x, y, t, noise = machine.to_device(part, device)
+        for number, (x, y, t, noise) in enumerate(parts, 1):
             # With several processes, backward() also exchanges gradients: once a step is enough.
             network.require_backward_grad_sync = number == len(parts)
             with machine.autocast(device, PRECISION):
@@ -298,8 +303,7 @@ def parse_flags(arguments=None, description=__doc__):
     options = settings.parse(parser, arguments, PRESETS)
     if "resume" in options and options.keys() & {"overwrite", "init_from"}:
         parser.error("--resume continues a run: leave out --overwrite and --init-from")
-    flags = {name: options.pop(name) for name in SETTINGS if name in options}
-    return options, flags
+    return options, {name: options.pop(name) for name in SETTINGS if name in options}
 
 
 def apply_settings(options, flags):
@@ -371,8 +375,7 @@ def train(state, constants, init_from):
     counts = labels.bincount().tolist()  # pictures in each class
     if state:
         if state["settings"]["STEPS"] != STEPS:
-            rate = LEARNING_RATE * learning_rate_factor(state["step"] + 1)
-            print_once(f"the run has {STEPS} steps now: the learning rate continues at {rate:.2g}")
+            print_once(f"the run has {STEPS} steps now, and so another learning rate from here on")
         checkpoint.restore_state(state, model, ema, optimizer, counts)
         steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
         loss_sum, loss_count = state["loss_sum"].to(device), state["loss_count"]
@@ -461,6 +464,8 @@ def train(state, constants, init_from):
                     checkpoint.write_log(out / "log.csv", rows)
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
                     bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
+                    if row["val_loss"] > 1.02 * min(old["val_loss"] for old in rows):
+                        bar.write("held out rises: the network is learning its pictures by heart")
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and drawing:

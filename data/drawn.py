@@ -37,8 +37,7 @@ def draw_butterflies(images_per_class, image_size, seed):
     # One row of 16 uniform numbers a picture: everything that differs between pictures of a class.
     randoms = torch.rand(len(labels), 16, generator=generator)
     chunks = zip(labels.split(CHUNK), randoms.split(CHUNK))
-    images = [_draw(y, r, image_size) for y, r in chunks]
-    return torch.cat(images), labels, list(CLASS_NAMES)
+    return torch.cat([_draw(y, r, image_size) for y, r in chunks]), labels, list(CLASS_NAMES)
 
 
 def _draw(labels, randoms, image_size):
@@ -66,8 +65,7 @@ def _draw(labels, randoms, image_size):
     other_tint = _hsv(between(0, 1, 10), between(0.05, 0.30, 11), between(0.72, 0.95, 12))
     picture = torch.lerp(tint, other_tint, blend[:, None])
 
-    hues = torch.tensor(list(HUES.values()))[colour][:, None, None]
-    hue = hues + between(-0.02, 0.02, 13)
+    hue = torch.tensor(list(HUES.values()))[colour][:, None, None] + between(-0.02, 0.02, 13)
     saturation, value = between(0.75, 0.95, 14), between(0.78, 0.97, 15)
     # (B, 2, 4): angle, length, half width and taper of both wings.
     sizes = torch.tensor([[wings["fore"], wings["hind"]] for wings in SHAPES.values()])[shape]

@@ -1,17 +1,18 @@
 """Which pictures of a folder are of which class: by its folders, or else by a table of labels.
 
-Only names are looked at, and tables. There are four rules, in this order:
+Only names and tables are looked at. There are four rules, in this order:
 
-1. A folder whose name begins or ends with a word for testing is never a class. Beside one folder
-   for training (Train beside Valid, seg_train beside seg_test, ...), it is left out, as is all else
-   there; otherwise it is refused.
-2. A folder that holds all pictures, or most, is a wrapper: look inside it.
-3. Several folders are the classes. What would be lost is refused: a folder beside them that has
-   files, but no picture, and a table that sorts the pictures in another way.
+1. A folder whose name begins or ends with a word for testing, or for masks, is never a class. If
+   one folder beside it is for training (train beside valid, seg_train beside seg_test, ...), all
+   but that one is left out; otherwise it is refused.
+2. Folders around all of the pictures are wrappers: look inside. Pictures beside folders of pictures
+   are refused.
+3. Several folders are the classes, with all that is below them. What would be lost is refused: a
+   folder that has files, but no picture, and a table that sorts the pictures in another way.
 4. Where there are no folders inside, a CSV file may label the pictures; without one they are one
    class, called as their folder is.
 
-What fits no rule is refused, and what is left out is counted.
+What is left out is counted.
 """
 
 import csv
@@ -27,20 +28,21 @@ from PIL import Image
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 PICTURES |= {".heic", ".heif"}  # of iPhones, which need a plug-in of Pillow
 TABLES = ".csv .tsv .json .jsonl".split()
-DOCUMENTS = [
-    *TABLES,
-    *".html .log .md .py .txt .xml .yaml .yml".split(),
-]  # never a class's pictures
+# Files that were no pictures before, either: a folder of these alone loses nothing.
+DOCUMENTS = [*TABLES, *".html .log .md .mov .mp4 .py .txt .xml .yaml .yml".split()]
 
+# Words that begin or end the names of folders for training, and of folders that are no classes.
 TRAIN = set("train training trainval".split())
 TEST = set("test testing val vali valid validate validation dev eval evaluation".split())
-TEST |= set("hold holdout held heldout unseen".split())
+TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query mask segmentation".split())
 LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
 
 csv.field_size_limit(10**9)
 
 # Hidden, the system's, and the grids that train.py and sample.py draw.
-SKIPPED = re.compile(r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class-.*-seed)-")
+SKIPPED = re.compile(
+    r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class)-.*\d\.png$"
+)
 
 
 def find_pictures(folder):
@@ -48,24 +50,25 @@ def find_pictures(folder):
     was passed over. Raises UserError if the folder can be read in two ways, or not at all."""
     root, passed_over = Path(folder), Counter()
     paths = list(walk(root, passed_over))
-    pictures = [path for path in paths if is_picture(path)]
-    others = [path for path in paths if not is_picture(path)]
+    pictures = [path for path in paths if path.suffix.lower() in PICTURES]
+    others = [path for path in paths if path.suffix.lower() not in PICTURES]
     passed_over.update(path.suffix.lower() or "without an ending" for path in others)
 
     parents = {path.parent for path in pictures}
-    above = {above for parent in parents for above in (parent, *parent.parents)}
+    above = {folder for parent in parents for folder in (parent, *parent.parents)}
     for path in others:
         if pictures and path.parent not in above and path.suffix.lower() not in DOCUMENTS:
-            seen = f"{path.parent} has no picture, but {path.name}"
-            raise UserError(f"{seen}: convert it to PNG, or move the folder away")
-    root = Path(os.path.commonpath(parents or [root]))
+            raise UserError(
+                f"no picture in {path.parent}, but {path.name}: move it away, or use PNG"
+            )
+    root = Path(os.path.commonpath(parents or [root]))  # inside all wrappers
     folders = defaultdict(list)
     for path in pictures:
         if path.parent != root:
             folders[path.parts[len(root.parts)]].append(path)
     if folders and root in parents:
         raise UserError(
-            f"{root} has pictures beside {min(folders)}: put all into folders, or in one"
+            f"{root} has pictures beside {min(folders)}/: put all in folders, or in one"
         )
 
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
@@ -73,11 +76,12 @@ def find_pictures(folder):
     for table in tables:
         for path, label in read_table(table, pictures):
             labels[path].add(label)
+    # Without folders, no table may be passed over: it could have the labels.
     if labels or (not folders and passed_over.keys() & {".csv", ".tsv"}):
-        classes = by_label(labels, pictures, ", ".join(table.name for table in tables))
+        classes = by_label(labels, pictures, tables)
         passed_over.subtract(table.suffix.lower() for table in tables)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            raise UserError(f"{tables[0]} and the folders sort the pictures differently: remove it")
+            raise UserError(f"{root}: a table sorts the pictures otherwise than folders: keep one")
     return folders or classes, passed_over
 
 
@@ -88,30 +92,26 @@ def walk(folder, passed_over, parents=()):
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
     paths.sort(key=lambda path: path.name)
-    tests = [path for path in paths if named(TEST, path.name) and path.is_dir()]
     trains = [path for path in paths if named(TRAIN, path.name) and path.is_dir()]
+    tests = [p for p in paths if named(TEST, p.name) and p.is_dir() and p not in trains]
     if tests and len(trains) != 1:
-        hint = "name the folder to train on, or rename it"
-        raise UserError(f"{tests[0]} is for testing, by its name: {hint}")
+        raise UserError(f"{tests[0]} is no class, by its name: train on another one, or rename it")
     for path in paths:
-        if tests and path != trains[0] and (is_picture(path) or path.is_dir()):
-            passed_over[f"in {path.name}"] += sum(map(is_picture, (path, *path.rglob("*"))))
+        # Tables stay, as they are of all pictures.
+        if tests and path != trains[0] and (path.suffix.lower() in PICTURES or path.is_dir()):
+            left_out = [file for file in (path, *path.rglob("*")) if file.is_file()]
+            passed_over[f"in {path.name}"] += len(left_out)
         elif not path.is_dir():
             yield path
         elif path.resolve() not in parents and not (path / "model.safetensors").exists():
             yield from walk(path, passed_over, parents)
 
 
-def is_picture(path):
-    """Whether a file is a picture, by its ending."""
-    return path.suffix.lower() in PICTURES
-
-
 def named(words, name):
     """Whether a name begins or ends with one of the words: test_1, TestImages, seg_test."""
     text = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
     text = re.sub("(data|image|img|photo|picture)?s?(sets?)?(?![a-z])", "", text)
-    parts = re.findall("[a-z]+", text)
+    parts = re.findall("[a-z]{2,}", text)
     return bool(parts) and not words.isdisjoint((parts[0], parts[-1]))
 
 
@@ -120,35 +120,52 @@ def named(words, name):
 
 def read_table(table, pictures):
     """Yield (path, label) for each of the pictures that a row of a CSV file names, in whichever
-    column: if several have names, one picture gets several labels. Raises UserError if rows are for
-    testing. Of a JSON file, which only its owner can read, the label is empty."""
+    column: where two columns name pictures, one gets two labels. What else a JSON file says, only
+    its owner knows: the label of each picture in it is empty. Raises UserError if rows are for
+    testing."""
     text = table.read_text("utf-8-sig", errors="replace").replace("\0", "")
-    by_name = {path.name: path for path in pictures}
-    if named(TEST, table.stem) or len(by_name) < len(pictures):
-        return  # for testing, or it could not tell pictures of the same name apart
-    if table.suffix.lower() in (".json", ".jsonl"):
-        for name in by_name.keys() & set(re.split(r'["/\\]', text)):
-            yield by_name[name], ""
-        return
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    lines = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="", restval="")
-    rows = [{column: row[column].strip() for column in row if column} for row in lines]
-    label_columns = find_labels(rows[0]) if rows else []
-    if len(label_columns) != 1:
-        return
+    rows, columns = [{"": word, "label": ""} for word in text.split('"')], ["", "label"]
+    if table.suffix.lower() in (".csv", ".tsv"):
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="+", restval="")
+        rows, columns = list(reader), reader.fieldnames or []
+    label_columns = find_labels(columns)
+    other_columns = [column for column in columns if column not in label_columns]
 
-    for column in rows[0]:
-        values = {row[column] for row in rows} - by_name.keys()
-        of_testing = [text for text in values if named(TEST, text)] or named(TEST | TRAIN, column)
-        if of_testing and len(values) < 9:
+    # Names count with up to two folders; without one, only if they do not repeat in class folders.
+    depths = (1, 2, 3) if len({path.name for path in pictures}) == len(pictures) else (2, 3)
+    by_name = {last_parts(path, depth): path for path in pictures for depth in depths}
+    used = rows_of(by_name, rows, other_columns)
+    if not used:  # names without their ending: in the first column, as others have numbers, too
+        by_name = {path.stem.lower(): path for path in pictures}
+        used = rows_of(by_name, rows, other_columns[:1])
+    if named(TEST, table.stem) or len(used) < 2:
+        return  # for testing, or not about these pictures
+
+    for column in other_columns:
+        values = {row[column] for _, row in used if last_parts(row[column]) not in by_name}
+        for_testing = [value for value in values if named(TEST, value)]
+        if 1 < len(values) < 9 and (for_testing or named(TEST | TRAIN, column)):
             raise UserError(f"{table}: rows are for testing, by the column {column}: delete them")
-    if by_name.keys().isdisjoint(last_part(cell) for row in rows for cell in row.values()):
-        by_name = {path.stem: path for path in pictures}  # names without their ending
+    if len(label_columns) == 1:
+        print_once(f"labels as in {table}")
+        for path, row in used:
+            yield path, row[label_columns[0]].strip()
+
+
+def rows_of(by_name, rows, columns):
+    """The rows that name pictures in one of the columns: a list of (path, row)."""
+    used = []
     for row in rows:
-        label = row.pop(label_columns[0])
-        for name in by_name.keys() & map(last_part, row.values()):
-            yield by_name[name], label
-    print_once(f"labels as in {table}")
+        names = {last_parts(row[column]) for column in columns}
+        used += [(by_name[name], row) for name in names & by_name.keys()]
+    return used
+
+
+def last_parts(path, depth=3):
+    """The end of a path of any system, or of another text, for comparison."""
+    text = str(path).strip().replace("\\", "/").removeprefix("./").lower()
+    return "/".join(text.split("/")[-depth:])
 
 
 def by_label(labels, pictures, tables):
@@ -158,15 +175,11 @@ def by_label(labels, pictures, tables):
     for path in pictures:
         if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):
             seen = " and ".join(sorted(labels[path] - {""})) or "missing"
-            hint = "a CSV table in UTF-8, with the columns filename and label, should give it one"
-            raise UserError(f"{tables}: the label of {path} is {seen}; {hint}")
+            hint = "one CSV table in UTF-8, with the columns filename and label, should give it"
+            names = ", ".join(table.name for table in tables)[:100]
+            raise UserError(f"{names}: the label of {path} is {seen}; {hint}")
         classes[min(labels[path])].append(path)
     return dict(sorted(classes.items()))
-
-
-def last_part(text):
-    """Of a path, of any system, its last part."""
-    return re.split(r"[\\/]", text)[-1]
 
 
 def find_labels(columns):

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from data.drawn import draw_butterflies
-from data.folders import find_labels, find_pictures, is_picture
+from data.folders import PICTURES, find_labels, find_pictures
 
 with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
     import pillow_heif.HeifImagePlugin  # noqa: F401
@@ -98,7 +98,7 @@ def find_dataset(name):
         raise UserError(f'no such folder: "{name}" (if it is an archive, unpack it)')
 
     # Archives are not downloaded. Beside them, a few pictures are those of a description.
-    if on_the_hub and sum(map(is_picture, folder.rglob("*"))) < 10:
+    if on_the_hub and sum(path.suffix.lower() in PICTURES for path in folder.rglob("*")) < 10:
         return open_with_datasets(name)
     classes, passed_over = find_pictures(folder)
     loose = list(classes) == [folder.resolve().name]
@@ -158,8 +158,8 @@ def open_with_datasets(name):
             rows_of.setdefault(value, []).append(row)
         classes = {name_of(value): rows_of[value] for value in sorted(rows_of)}
     except Exception as error:  # there is no such library, or it cannot read this
-        needed = "the datasets library (pip install datasets)"
-        raise UserError(f"cannot read {name} with {needed}: {error.__cause__ or error}") from error
+        error = error.__cause__ or error
+        raise UserError(f"cannot read {name} (pip install datasets?): {error}") from error
     print_once(f"{name}: pictures from {pictures[0]}, labels from {label}, of {', '.join(kinds)}")
     return classes, {}, lambda row: rows[row][pictures[0]]
 

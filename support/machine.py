@@ -1,7 +1,6 @@
 """The machine: which device, in which precision, compiled or not, how many processes, signals."""
 
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -82,7 +81,6 @@ def compiling_pays(device, parameters, pictures):
 def compile_model(model):
     """Let torch.compile translate the model's forward and backward pass, which happens when it is
     first called. If it cannot, there is a warning, and the model stays as it is."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime"
     eager = model.forward
 
     def first_call(*arguments, **options):
@@ -106,17 +104,16 @@ def stop_signals():
     """Yield a list in which Ctrl-C, SIGTERM and SIGHUP are noted, so that a training step can end
     and be saved before the run stops. A second Ctrl-C stops it at once, except under torchrun."""
     received = []
-    torchrun = "WORLD_SIZE" in os.environ  # it passes signals on, so that one Ctrl-C comes twice
 
     def on_signal(number, frame):
-        if received and number == signal.SIGINT and not torchrun:
+        # torchrun passes signals on, so that one Ctrl-C comes twice.
+        if received and number == signal.SIGINT and "WORLD_SIZE" not in os.environ:
             raise KeyboardInterrupt
         received.append(number)
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        again = "" if torchrun else " (Ctrl-C again: now, without saving)"
-        os.write(2, f"\nstopping after this step{again}\n".encode())
+        os.write(2, b"\nstopping after this step, which is saved\n")
 
     with contextlib.ExitStack() as at_the_end:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

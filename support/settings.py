@@ -82,7 +82,7 @@ def parse(parser, arguments, presets=()):
 
 
 def nearest(name, names):
-    """ "; did you mean ...?" of the names that are most like one that is not among them, or ""."""
+    """The end of an error about a name that is none of the names: which of them is like it."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -127,8 +127,7 @@ def add_setting_flags(parser, settings, source_file):
     for name, default in settings.items():
         before, *after = re.split(rf"^{name}\b", source, maxsplit=1, flags=re.MULTILINE)
         section = ["settings", *re.findall("^# --- (.*?) -*$", before, re.MULTILINE)][-1]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
+        groups[section] = groups.get(section) or parser.add_argument_group(section)
         comment = re.match(r".*?#(.*)|", "".join(after))[1] or ""
         text = f"{comment.strip()} (default: {default})".replace("%", "%%")  # special to argparse
         options = {"type": str if isinstance(default, str) else number, "metavar": ""}

@@ -119,18 +119,19 @@ def test_a_layout_is_read_as_its_owner_means_it(tmp_path, layout):
 
 # words of the error -> what the folder "root" holds
 REFUSED = {
-    "root has pictures beside edited: put all": "0.png 1.png edited/0.png",
-    "root has pictures beside a: put all": "0.png 1.png a/0.png b/0.png",
+    "root has pictures beside edited/: put all": "0.png 1.png edited/0.png",
+    "root has pictures beside a/: put all": "0.png 1.png a/0.png b/0.png",
     "root has pictures beside Pets": "banner.png Pets/fish/0.png Pets/star/0.png",
     "fish has pictures beside old": "fish/0.png fish/1.png fish/old/0.png",
-    "test_images is for testing": "fish/0.png star/0.png test_images/0.png",
-    "holdout is for testing": "fish/0.png star/0.png holdout/0.png",
-    "test1 is for testing": "test1/fish/0.png",
-    "testA is for testing": "trainA/0.png trainB/0.png testA/0.png testB/0.png",
-    "val is for testing": "fish/0.png fish/val/1.png",
-    "fish has no picture, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
-    "fish has no picture, but x": "fish/x star/0.png shell/0.png",
-    "labels has no picture, but a.npy": "images/0.png labels/a.npy",
+    "test_images is no class": "fish/0.png star/0.png test_images/0.png",
+    "holdout is no class": "fish/0.png star/0.png holdout/0.png",
+    "test1 is no class": "test1/fish/0.png",
+    "testA is no class": "trainA/0.png trainB/0.png testA/0.png testB/0.png",
+    "val is no class": "fish/0.png fish/val/1.png",
+    "masks is no class": "images/0.png masks/0.png",
+    "no picture in .*fish, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
+    "no picture in .*fish, but x": "fish/x star/0.png shell/0.png",
+    "no picture in .*labels, but a.npy": "images/0.png labels/a.npy",
 }
 
 
@@ -253,7 +254,7 @@ READABLE = [
     "image_path\tlabel\n0.jpg\ta\n1.jpg\tb\n2.jpg\ta\n",
     "id,breed\n0,a\n1,b\n2,a\n",  # names without their ending
     '"path","category"\n"./0.jpg","a"\n"1.jpg","b, or c"\n"2.jpg","a"\n',
-    "id,species,filepath\n7,a,C:\\fish\\0.jpg\n8,b,train/1.jpg\n9,a,/home/me/2.jpg\n",
+    "id,species,filepath\n7,a,.\\0.jpg\n8,b,images/1.JPG\n9,a,IMAGES\\2.jpg\n",
     "filename,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n0.jpg,a\n",  # a row twice
     "filename,label\n0.jpg,a\n\n1.jpg,b\n2.jpg,a,more\n3.jpg\n",  # short and long rows
     "id,species,photo\n2,a,0.jpg\n0,b,1.jpg\n1,a,2.jpg\n",  # ids that look like names
@@ -290,12 +291,12 @@ def test_folders_win_over_a_file_beside_them(tmp_path, name, text):
 
 
 CONTRADICTING = [
-    ("labels.csv", "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n", "sort .* differently"),
-    ("labels.csv", "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n", "sort .* differently"),
+    ("labels.csv", "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n", "otherwise than folders"),
+    ("labels.csv", "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n", "otherwise than folders"),
     ("labels.csv", "file,label\n0.png,a\n1.png,b\n", "the label of .*2.png is missing"),
     ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "for testing"),
     ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "label of .* missing"),
-    ("metadata.jsonl", '{"file_name": "0.png", "label": 1}\n', "label of .*0.png is missing"),
+    ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "2.png"}\n', "0.png is missing"),
 ]
 
 
@@ -303,41 +304,54 @@ CONTRADICTING = [
 def test_a_file_that_contradicts_the_folders_is_refused(tmp_path, name, text, words):
     make(tmp_path, "fish/0.png", "fish/1.png", "star/2.png", "star/3.png")
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name}.*{words}"):
+    with pytest.raises(UserError, match=words):
         find_pictures(tmp_path)
 
 
-def test_a_table_of_names_that_are_not_unique_says_nothing_about_folders(tmp_path):
-    make(tmp_path, *tree("train/fish", "train/star", "valid/fish", "valid/star"))
-    rows = "train/fish/0.png,fish,train\ntrain/star/0.png,star,train\nvalid/fish/1.png,fish,valid\n"
+ALL = ["train/fish/0.png", "train/fish/1.png", "train/star/0.png", "train/star/1.png"]
+ALL += ["valid/fish/0.png", "valid/star/0.png"]
+
+
+def test_names_that_repeat_count_with_their_folders(tmp_path):
+    make(tmp_path, *ALL)
+    rows = "".join(f"{name},{name.split('/')[1]},{name.split('/')[0]}\n" for name in ALL)
     (tmp_path / "all.csv").write_text(f"filepaths,labels,data set\n{rows}")
     assert counts(tmp_path)[0] == FISH_STAR
+    (tmp_path / "all.csv").write_text(f"filepaths,labels\n{rows.replace('star,train', 'fish,x')}")
+    with pytest.raises(UserError, match="otherwise than folders"):
+        find_pictures(tmp_path)
+    (tmp_path / "all.csv").unlink()
+    (tmp_path / "set.json").write_text('[["fish/0.png", 1], ["star/0.png", 2]]')
+    with pytest.raises(UserError, match="the label of .* is missing"):
+        find_pictures(tmp_path)
 
 
 SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
-BOTH = "id,fish,species\n0,1,a\n1,2,b\n2,0,a\n"
+BOTH = "id,like,species\n0.jpg,1.jpg,a\n1.jpg,2.jpg,b\n2.jpg,0.jpg,a\n"
 NEEDED = "the columns filename and label"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
-    ("labels.csv", "photo,species\n0.jpg,a\n", "labels.csv: the label of .*1.jpg is missing"),
+    ("labels.csv", "photo,species\n0.jpg,a\n2.jpg,a\n", "labels.csv: the label of .*1.jpg is m"),
     ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv: .*missing; .*{NEEDED}"),
     ("labels.csv", "filename,label\n", f"labels.csv: .*missing; .*{NEEDED}"),  # no rows
     ("labels.csv", "", f"labels.csv: .*missing; .*{NEEDED}"),
     ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv: .*missing; .*{NEEDED}"),
     ("test.csv", OF_TESTING, "test.csv: .* missing"),
     ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
-    ("metadata.jsonl", '{"file_name": "0.jpg", "label": 1}\n', "metadata.jsonl: .* missing"),
+    ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "metadata.jsonl: .* m"),
     ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv: the label .*UTF-8"),
-    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv: .*1.jpg is missing"),
+    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv: .*0.jpg is missing"),
     ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv: the label of .*0.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
-    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is a and b"),
+    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is missing"),
     ("labels.csv", BOTH, "label of .* is a and b"),  # two columns that may have names
     ("labels.csv", "file,label,species\n0.jpg,a,b\n", f"missing; .*{NEEDED}"),  # two of labels
     ("labels.csv", SPLIT.format("split", "train", "test", "train"), "testing, by the column split"),
-    ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", "x"), "by the column Usage"),
+    ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", ""), "by the column Usage"),
+    ("labels.csv", "image,label,rank\n001,cat,2\n002,dog,1\n", "missing"),  # ranks are no names
+    ("labels.csv", "file,label,label\n0.jpg,a,0\n1.jpg,b,0\n2.jpg,b,0\n", "missing"),
     ("labels.csv", SPLIT.format("is_valid", "True", "False", "True"), "by the column is_valid"),
     ("labels.csv", SPLIT.format("isTrain", "1", "0", "1"), "by the column isTrain"),
 ]

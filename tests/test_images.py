@@ -319,7 +319,9 @@ def test_what_the_library_cannot_read_is_one_line(tmp_path, datasets, monkeypatc
         load_dataset(str(tmp_path / "d"), 16)
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "train.parquet").write_bytes(b"not parquet")
-    assert "cannot read e with" in refused("train", *FEW, "--dataset", "e", cwd=tmp_path)
+    assert "cannot read e (pip install datasets?)" in refused(
+        "train", *FEW, "--dataset", "e", cwd=tmp_path
+    )
     monkeypatch.setitem(sys.modules, "datasets", None)
     line = refused("train", *FEW, "--dataset", "e", cwd=tmp_path)
     assert "cannot read e" in line and "pip install datasets" in line

@@ -130,8 +130,8 @@ def test_on_cuda_samples_and_validation_stay_on_it(fake_cuda):
     assert train.losses_at((0.5, 1), model, images, y, torch.arange(4)) == [0.0, 0.0]
 
 
-def test_the_batch_and_the_noise_are_drawn_on_the_cpu_whatever_the_device(monkeypatch):
-    # Generators of CUDA differ between cards, and MPS has its own: none of them may be asked.
+def test_what_is_small_and_the_noise_of_samples_are_drawn_on_the_cpu(monkeypatch):
+    # Generators of CUDA differ between cards, and MPS has its own.
     drawn, model = [], small_model()
 
     def recorded(real, *arguments, **options):
@@ -141,10 +141,15 @@ def test_the_batch_and_the_noise_are_drawn_on_the_cpu_whatever_the_device(monkey
     for name in ("randint", "rand", "randn"):
         monkeypatch.setattr(torch, name, functools.partial(recorded, getattr(torch, name)))
     images, labels = torch.zeros(3, 3, 16, 16, dtype=torch.uint8), torch.arange(3)
-    train.random_batch(images, labels, torch.arange(3), 3, step=1)
+    batch = train.random_batch(images, labels, torch.arange(3), 3, step=1)
     assert len(drawn) == 5
+    slices = [
+        train.random_batch(images, labels, torch.arange(3), 3, 1, CPU, r, 5) for r in range(5)
+    ]
+    assert all(torch.equal(whole, torch.cat(parts)) for whole, parts in zip(batch, zip(*slices)))
+    del drawn[5:]
     list(sample.generate(model, torch.tensor([0, 1]), steps=2, eta=1))
-    assert len(drawn) == 5 + 2 * 3 and set(drawn) == {(None, "cpu")}
+    assert len(drawn) == 5 + 2 * 3 and set(drawn) == {(None, "cpu"), ("cpu", "cpu")}
 
 
 def test_devices_that_are_not_here_are_refused(monkeypatch):
@@ -411,7 +416,7 @@ def test_signals_are_noted_and_their_handlers_put_back(handlers, monkeypatch, ca
         raise KeyError
     assert [number.name for number in map(signal.Signals, received)] == [name, name]
     assert [signal.getsignal(number) for number in handlers] == before
-    assert capfd.readouterr().err == 2 * "\nstopping after this step\n"
+    assert capfd.readouterr().err == 2 * "\nstopping after this step, which is saved\n"
 
 
 @POSIX
