@@ -231,7 +231,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         # Patchify: every P x P patch becomes a token, of N = patch_dim features at first.
         x = F.pixel_unshuffle(features, self.patch_cells)  # (B, N, S/P, S/P)
         grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, T, N)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (B, T, N), as MPS needs it (pytorch#161641)
         x = self.patch_embedding(x) + self.positions  # (B, T, dim)
 
         for block in self.blocks:

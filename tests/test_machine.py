@@ -242,6 +242,46 @@ def test_training_in_bf16_follows_training_in_fp32(name):
     assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=0.03)
 
 
+def usable(name):
+    """A test that is skipped, by this name, where a number cannot be put on the device."""
+    try:
+        torch.zeros(1, device=name)
+        return name
+    except Exception as error:  # whatever torch raises on a machine without it
+        return pytest.param(name, marks=pytest.mark.skip(reason=f"no {name}: {str(error)[:60]}"))
+
+
+@pytest.mark.parametrize("name", [usable("cuda"), usable("mps")])
+@pytest.mark.parametrize("patch_size, pictures", [(2, 5), (4, 5), (8, 5), (16, 5), (4, 1)])
+def test_a_gpu_computes_what_the_cpu_does(name, patch_size, pictures):
+    # 64, 16, 4 tokens and one, and one picture: MPS has given wrong values for some shapes.
+    computed = []
+    for device in (CPU, torch.device(name)):
+        torch.manual_seed(0)
+        model = DiT(16, patch_size, 32, 2, 4, ["a", "b"], conv_dim=8)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        model, y = model.to(device), torch.zeros(pictures, dtype=torch.int64, device=device)
+        x, noise = torch.randn(2, pictures, 3, 16, 16).to(device)
+        t = torch.linspace(0.2, 1, pictures).to(device)
+        loss = train.rectified_flow_loss(model, x, y, t, noise)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        drawn = [sample.sample_conditional_cfg(model, y, 3, w, noise) for w in (1, 3)]
+        computed.append([tensor.cpu() for tensor in (loss, *gradients, *drawn)])
+    for on_cpu, on_gpu in zip(*computed):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=1e-3, rtol=1e-2)
+
+
+def test_linear_layers_get_contiguous_input():
+    # Of another, MPS made wrong values (pytorch#161641).
+    model, seen = DiT(16, 4, 32, 2, 4, ["a", "b"], conv_dim=8), []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    train.rectified_flow_loss(model, *small_batch())
+    assert len(seen) > 10 and all(seen)
+
+
 # Waiting: what reads a number out of a tensor makes the CPU wait for a GPU.
 
 
