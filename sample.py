@@ -252,10 +252,8 @@ def folder_name(class_id, class_names):
 def main(arguments=None):
     """Sample. arguments: flags, such as ["--class-id", "3"]; by default the command line."""
     flags = parse_flags(arguments)
-    if flags.checkpoint == "out" and not Path("out").exists():
-        raise UserError(
-            "no folder out yet: train, or try --checkpoint assets/laptop, or assets/butterflies"
-        )
+    if flags.checkpoint == "out" and not Path("out", "config.json").exists():
+        raise UserError("no network in out: try --checkpoint assets/laptop, or assets/butterflies")
     model = DiT.from_pretrained(flags.checkpoint).to(pick_device(flags.device))
     if flags.list_classes:
         print("\n".join(f"{i:4} {name}" for i, name in enumerate(model.class_names)))

@@ -34,7 +34,8 @@ DOCUMENTS = [*TABLES, *".html .log .md .mov .mp4 .py .txt .xml .yaml .yml".split
 # Words that begin or end the names of folders for training, and of folders that are no classes.
 TRAIN = set("train training trainval".split())
 TEST = set("test testing val vali valid validate validation dev eval evaluation".split())
-TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query mask segmentation".split())
+TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query".split())
+MASKS = set("mask segmentation annotation trimap gt groundtruth label".split())
 LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
 
 csv.field_size_limit(10**9)
@@ -58,18 +59,14 @@ def find_pictures(folder):
     above = {folder for parent in parents for folder in (parent, *parent.parents)}
     for path in others:
         if pictures and path.parent not in above and path.suffix.lower() not in DOCUMENTS:
-            raise UserError(
-                f"no picture in {path.parent}, but {path.name}: move it away, or use PNG"
-            )
+            raise UserError(f"no picture in {path.parent}, but {path.name}: move it, or use PNG")
     root = Path(os.path.commonpath(parents or [root]))  # inside all wrappers
     folders = defaultdict(list)
     for path in pictures:
         if path.parent != root:
             folders[path.parts[len(root.parts)]].append(path)
     if folders and root in parents:
-        raise UserError(
-            f"{root} has pictures beside {min(folders)}/: put all in folders, or in one"
-        )
+        raise UserError(f"{root} has pictures beside {min(folders)}/: put all in folders, or one")
 
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
     tables = [path for path in others if path.suffix.lower() in TABLES]
@@ -78,10 +75,12 @@ def find_pictures(folder):
             labels[path].add(label)
     # Without folders, no table may be passed over: it could have the labels.
     if labels or (not folders and passed_over.keys() & {".csv", ".tsv"}):
-        classes = by_label(labels, pictures, tables)
+        names = ", ".join(table.name for table in tables)[:100]
+        classes = by_label(labels, pictures, names)
         passed_over.subtract(table.suffix.lower() for table in tables)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            raise UserError(f"{root}: a table sorts the pictures otherwise than folders: keep one")
+            hint = "move it away, or all pictures into one folder"
+            raise UserError(f"{names} sorts the pictures otherwise than their folders: {hint}")
     return folders or classes, passed_over
 
 
@@ -93,9 +92,9 @@ def walk(folder, passed_over, parents=()):
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
     paths.sort(key=lambda path: path.name)
     trains = [path for path in paths if named(TRAIN, path.name) and path.is_dir()]
-    tests = [p for p in paths if named(TEST, p.name) and p.is_dir() and p not in trains]
+    tests = [p for p in paths if named(TEST | MASKS, p.name) and p.is_dir() and p not in trains]
     if tests and len(trains) != 1:
-        raise UserError(f"{tests[0]} is no class, by its name: train on another one, or rename it")
+        raise UserError(f"{tests[0]} is no class, by its name: use another --dataset, or rename it")
     for path in paths:
         # Tables stay, as they are of all pictures.
         if tests and path != trains[0] and (path.suffix.lower() in PICTURES or path.is_dir()):
@@ -120,11 +119,10 @@ def named(words, name):
 
 def read_table(table, pictures):
     """Yield (path, label) for each of the pictures that a row of a CSV file names, in whichever
-    column: where two columns name pictures, one gets two labels. What else a JSON file says, only
-    its owner knows: the label of each picture in it is empty. Raises UserError if rows are for
-    testing."""
+    column: where two columns name pictures, one gets two labels. Raises UserError if rows are for
+    testing, or for a JSON file that names pictures: what else it says, only its owner knows."""
     text = table.read_text("utf-8-sig", errors="replace").replace("\0", "")
-    rows, columns = [{"": word, "label": ""} for word in text.split('"')], ["", "label"]
+    rows, columns = [{"": word} for word in text.split('"')], [""]
     if table.suffix.lower() in (".csv", ".tsv"):
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="+", restval="")
@@ -141,6 +139,8 @@ def read_table(table, pictures):
         used = rows_of(by_name, rows, other_columns[:1])
     if named(TEST, table.stem) or len(used) < 2:
         return  # for testing, or not about these pictures
+    if columns == [""]:
+        raise UserError(f"{table} names the pictures, but labels are read from CSV: move it away")
 
     for column in other_columns:
         values = {row[column] for _, row in used if last_parts(row[column]) not in by_name}
@@ -171,13 +171,14 @@ def last_parts(path, depth=3):
 def by_label(labels, pictures, tables):
     """{label: paths} of the pictures, by {path: set of labels}, which is of the tables. Raises
     UserError if a picture has several labels, or none."""
+    if not labels:
+        hint = "which picture is of which class; if none is, move the table away"
+        raise UserError(f"{tables}: a column called label (or class, species) has to say {hint}")
     classes = defaultdict(list)
     for path in pictures:
         if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):
             seen = " and ".join(sorted(labels[path] - {""})) or "missing"
-            hint = "one CSV table in UTF-8, with the columns filename and label, should give it"
-            names = ", ".join(table.name for table in tables)[:100]
-            raise UserError(f"{names}: the label of {path} is {seen}; {hint}")
+            raise UserError(f"{tables}: the label of {path} is {seen}: it needs one, in UTF-8")
         classes[min(labels[path])].append(path)
     return dict(sorted(classes.items()))
 

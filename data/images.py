@@ -30,7 +30,6 @@ from data.folders import PICTURES, find_labels, find_pictures
 with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
     import pillow_heif.HeifImagePlugin  # noqa: F401
 
-ARCHIVES = set(".arrow .parquet .tar .zip .7z .gz .rar".split())
 # Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
 # without the Hub, a copy counts as complete if all but these are there.
 IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/*".split()
@@ -50,7 +49,7 @@ def load_dataset(name, image_size, empty=torch.empty):
     classes, passed_over, open_picture = find_dataset(name)
     items = [(file, label) for label, files in enumerate(classes.values()) for file in files]
     if not items:
-        raise UserError(f"no pictures in {name}")
+        raise UserError(f"no pictures in {name}, only {[*passed_over]} (unpack archives)")
     images, labels = empty((len(items), 3, image_size, image_size), dtype=torch.uint8), []
     for picture, label in read_all(items, open_picture, image_size, list(classes), passed_over):
         images[len(labels)] = picture
@@ -91,9 +90,8 @@ def find_dataset(name):
         try:
             folder = Path(snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED))
         except Exception as error:  # of whichever library makes the requests, its proxies and so on
-            raise UserError(
-                f"cannot download {name} from the Hub; try --preset laptop: {error}"
-            ) from error
+            hint = "try --preset laptop, or a folder"
+            raise UserError(f"cannot download {name} from the Hub ({hint}): {error}") from error
     elif not folder.is_dir() or not name.strip():  # "", of a variable that is not set, is here
         raise UserError(f'no such folder: "{name}" (if it is an archive, unpack it)')
 
@@ -102,7 +100,8 @@ def find_dataset(name):
         return open_with_datasets(name)
     classes, passed_over = find_pictures(folder)
     loose = list(classes) == [folder.resolve().name]
-    if loose and sum(map(len, classes.values())) < 10 and passed_over.keys() & ARCHIVES:
+    few = sum(map(len, classes.values())) < 10
+    if loose and few and passed_over.keys() & {".parquet", ".arrow"}:
         return open_with_datasets(name)
     if loose:  # on the Hub, the folder is called by a hash
         classes = {Path(name).resolve().name: classes.popitem()[1]}
@@ -135,7 +134,7 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
         print_once(f"passed over: {', '.join(kinds)}", sys.stderr)
     for label, class_name in enumerate(class_names):
         if label not in used:
-            raise UserError(f'no pictures of class "{class_name}" that can be read: add some')
+            raise UserError(f'no pictures of class "{class_name}" that can be read: see why above')
 
 
 def open_with_datasets(name):

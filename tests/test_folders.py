@@ -129,9 +129,11 @@ REFUSED = {
     "testA is no class": "trainA/0.png trainB/0.png testA/0.png testB/0.png",
     "val is no class": "fish/0.png fish/val/1.png",
     "masks is no class": "images/0.png masks/0.png",
+    "GT is no class": "images/0.png GT/0.png",
+    "annotations is no class": "images/0.png annotations/trimaps/0.png",
     "no picture in .*fish, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
     "no picture in .*fish, but x": "fish/x star/0.png shell/0.png",
-    "no picture in .*labels, but a.npy": "images/0.png labels/a.npy",
+    "no picture in .*scans, but a.npy": "images/0.png scans/a.npy",
 }
 
 
@@ -291,12 +293,20 @@ def test_folders_win_over_a_file_beside_them(tmp_path, name, text):
 
 
 CONTRADICTING = [
-    ("labels.csv", "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n", "otherwise than folders"),
-    ("labels.csv", "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n", "otherwise than folders"),
+    (
+        "labels.csv",
+        "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n",
+        "sorts the pictures otherwise",
+    ),
+    (
+        "labels.csv",
+        "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n",
+        "sorts the pictures otherwise",
+    ),
     ("labels.csv", "file,label\n0.png,a\n1.png,b\n", "the label of .*2.png is missing"),
     ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "for testing"),
-    ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "label of .* missing"),
-    ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "2.png"}\n', "0.png is missing"),
+    ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "read from CSV"),
+    ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "2.png"}\n', "read from CSV"),
 ]
 
 
@@ -318,40 +328,42 @@ def test_names_that_repeat_count_with_their_folders(tmp_path):
     (tmp_path / "all.csv").write_text(f"filepaths,labels,data set\n{rows}")
     assert counts(tmp_path)[0] == FISH_STAR
     (tmp_path / "all.csv").write_text(f"filepaths,labels\n{rows.replace('star,train', 'fish,x')}")
-    with pytest.raises(UserError, match="otherwise than folders"):
+    with pytest.raises(UserError, match="sorts the pictures otherwise"):
         find_pictures(tmp_path)
     (tmp_path / "all.csv").unlink()
     (tmp_path / "set.json").write_text('[["fish/0.png", 1], ["star/0.png", 2]]')
-    with pytest.raises(UserError, match="the label of .* is missing"):
+    with pytest.raises(
+        UserError, match="set.json names the pictures, but labels are read from CSV"
+    ):
         find_pictures(tmp_path)
 
 
 SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 BOTH = "id,like,species\n0.jpg,1.jpg,a\n1.jpg,2.jpg,b\n2.jpg,0.jpg,a\n"
-NEEDED = "the columns filename and label"
+NEEDED = "a column called label .* has to say which picture is of which class"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
     ("labels.csv", "photo,species\n0.jpg,a\n2.jpg,a\n", "labels.csv: the label of .*1.jpg is m"),
-    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv: .*missing; .*{NEEDED}"),
-    ("labels.csv", "filename,label\n", f"labels.csv: .*missing; .*{NEEDED}"),  # no rows
-    ("labels.csv", "", f"labels.csv: .*missing; .*{NEEDED}"),
-    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv: .*missing; .*{NEEDED}"),
-    ("test.csv", OF_TESTING, "test.csv: .* missing"),
+    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv: {NEEDED}"),
+    ("labels.csv", "filename,label\n", f"labels.csv: {NEEDED}"),  # no rows
+    ("labels.csv", "", f"labels.csv: {NEEDED}"),
+    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv: {NEEDED}"),
+    ("test.csv", OF_TESTING, f"test.csv: {NEEDED}"),
     ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
-    ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "metadata.jsonl: .* m"),
-    ("labels.csv", "file,label\n0.jpg,\xe9\n", "labels.csv: the label .*UTF-8"),
-    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, "labels.csv: .*0.jpg is missing"),
-    ("labels.csv", "file,label\nx.jpg,a\n", "labels.csv: the label of .*0.jpg is missing"),
+    ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "read from CSV"),
+    ("labels.csv", "file,label\n0.jpg,\xe9\n1.jpg,a\n", "labels.csv: the label .*UTF-8"),
+    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, f"labels.csv: {NEEDED}"),
+    ("labels.csv", "file,label\nx.jpg,a\n", f"labels.csv: {NEEDED}"),
     ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
-    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is missing"),
+    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", NEEDED),
     ("labels.csv", BOTH, "label of .* is a and b"),  # two columns that may have names
-    ("labels.csv", "file,label,species\n0.jpg,a,b\n", f"missing; .*{NEEDED}"),  # two of labels
+    ("labels.csv", "file,label,species\n0.jpg,a,b\n", NEEDED),  # two of labels
     ("labels.csv", SPLIT.format("split", "train", "test", "train"), "testing, by the column split"),
     ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", ""), "by the column Usage"),
-    ("labels.csv", "image,label,rank\n001,cat,2\n002,dog,1\n", "missing"),  # ranks are no names
-    ("labels.csv", "file,label,label\n0.jpg,a,0\n1.jpg,b,0\n2.jpg,b,0\n", "missing"),
+    ("labels.csv", "image,label,rank\n001,cat,2\n002,dog,1\n", NEEDED),  # ranks are no names
+    ("labels.csv", "file,label,label\n0.jpg,a,0\n1.jpg,b,0\n2.jpg,b,0\n", NEEDED),
     ("labels.csv", SPLIT.format("is_valid", "True", "False", "True"), "by the column is_valid"),
     ("labels.csv", SPLIT.format("isTrain", "1", "0", "1"), "by the column isTrain"),
 ]

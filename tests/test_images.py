@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import sys
-import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -303,14 +302,12 @@ def test_folders_of_classes_win_over_an_archive_beside_them(tmp_path, capsys):
     assert "passed over: 1 .tar" in capsys.readouterr().err
 
 
-def test_a_zip_of_pictures(tmp_path, datasets):
+@pytest.mark.parametrize("name", ["d.zip", "d.tar.gz", "d.tar", "d.7z"])
+def test_archives_have_to_be_unpacked(tmp_path, name):
     (tmp_path / "d").mkdir()
-    with zipfile.ZipFile(tmp_path / "d" / "train.zip", "w") as archive:
-        for n in range(6):
-            archive.writestr(f"{n}.png", png(n))
-    save(solid(), tmp_path / "d" / "banner.png")
-    images, labels, names = load_dataset(str(tmp_path / "d"), 16)
-    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 9, 18, 27, 36, 45] and names == ["d"]
+    (tmp_path / "d" / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"no pictures in .*only ..{Path(name).suffix}.*unpack"):
+        load_dataset(str(tmp_path / "d"), 16)
 
 
 def test_what_the_library_cannot_read_is_one_line(tmp_path, datasets, monkeypatch):
