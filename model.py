@@ -292,10 +292,11 @@ class DiT(nn.Module, PyTorchModelHubMixin):
             if names.unexpected_keys:
                 raise ValueError(f"there is no layer for {names.unexpected_keys[0]}")
 
-        network.register_load_state_dict_post_hook(note)
+        hook = network.register_load_state_dict_post_hook(note)
         with refusing(f"no network in {checkpoint}: model.safetensors is missing, or does not fit"):
             # The mixin's own, as it knows of weights that layers share.
             cls._load_as_safetensor(network, folder / "model.safetensors", "cpu", strict=strict)
+        hook.remove()
         return network.eval()
 
 

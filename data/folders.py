@@ -79,8 +79,9 @@ def find_pictures(folder):
         classes = by_label(labels, pictures, names)
         passed_over.subtract(table.suffix.lower() for table in tables)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            hint = "move it away, or all pictures into one folder"
-            raise UserError(f"{names} sorts the pictures otherwise than their folders: {hint}")
+            raise UserError(
+                f"{names} sorts the pictures otherwise than their folders: move it away"
+            )
     return folders or classes, passed_over
 
 

@@ -88,9 +88,10 @@ def compile_model(model):
         try:
             model.forward = torch.compile(eager)
             # The compiler translates the backward pass when it is first needed, and may fail then.
-            with torch.random.fork_rng({w.device for w in model.parameters() if w.is_cuda}):
+            weights = [weight for weight in model.parameters() if weight.requires_grad]
+            with torch.random.fork_rng({weight.device for weight in weights if weight.is_cuda}):
                 loss = model.forward(*arguments, **options).sum()
-                torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                torch.autograd.grad(loss, weights, allow_unused=True)
         except Exception as error:  # the compiler's; one of the model's own comes again below
             print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
             model.forward = eager

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import subprocess
 import sys
 
@@ -74,6 +75,14 @@ def test_a_file_that_is_missing_or_damaged_is_named(model, tmp_path, name, conte
         (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         DiT.from_pretrained(tmp_path / "model")
+
+
+def test_a_network_that_was_read_is_as_any_other(model, tmp_path):
+    read = DiT.from_pretrained(tmp_path / "model", strict=False)
+    again = pickle.loads(pickle.dumps(read))
+    again.load_state_dict({**model.state_dict(), "more": torch.zeros(1)}, strict=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
 
 
 def test_arguments_override_the_config_and_others_are_refused(model, tmp_path):

@@ -388,9 +388,10 @@ def test_a_compiled_network_takes_keywords_as_any_other(compiler):
         torch.testing.assert_close(model(x, t=t, y=y), expected)
 
 
-def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler):
+def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler, capsys):
     model = small_model()
     model.forward = lambda x: model.final_layer(torch.dropout(x, 0.5, True))
+    model.final_layer.bias.requires_grad_(False)  # someone trains a part of the layers alone
     compiler("eager")
     machine.compile_model(model)
     x, random_state = torch.rand(4, 16), torch.get_rng_state()
@@ -400,6 +401,7 @@ def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler):
     torch.dropout(x, 0.5, True)
     assert torch.equal(torch.get_rng_state(), after)  # as of one pass
     assert all(weight.grad is None for weight in model.parameters())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(compiled, compiler, tmp_path):
