@@ -79,9 +79,7 @@ def find_pictures(folder):
         classes = by_label(labels, pictures, names)
         passed_over.subtract(table.suffix.lower() for table in tables)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            raise UserError(
-                f"{names} sorts the pictures otherwise than their folders: move it away"
-            )
+            raise UserError(f"{names} sorts the pictures otherwise than their folders: remove it")
     return folders or classes, passed_over
 
 
