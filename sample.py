@@ -206,7 +206,7 @@ def parse_flags(arguments):
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
     parser.add_argument(
-        "--save-images", type=settings.path, metavar="DIR", help="also every picture"
+        "--save-images", type=settings.expanded, metavar="DIR", help="also every picture"
     )
     return argparse.Namespace(**settings.parse(parser, arguments))
 

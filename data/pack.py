@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as this script is in a folder
 
 from support.checkpoint import write_beside  # noqa: E402
-from support.settings import UserError, limited, new_parser, path, run_command  # noqa: E402
+from support.settings import UserError, expanded, limited, new_parser, run_command  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -29,7 +29,7 @@ from data.images import load_dataset  # noqa: E402
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("source", help="a folder, or a Hub id such as you/pictures")
-    parser.add_argument("path", type=path, help="a new file: pictures.safetensors")
+    parser.add_argument("path", type=expanded, help="a new file: pictures.safetensors")
     parser.add_argument("--image-size", type=limited(int, 1), default=64, help="(%(default)s)")
     args = parser.parse_args()
     target = args.path

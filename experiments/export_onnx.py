@@ -13,9 +13,8 @@ make of random noise must nowhere differ by more than 1 of 255.
 
 import importlib.util
 import json
-from pathlib import Path
 
-from support.settings import UserError, new_parser, run_command
+from support.settings import UserError, expanded, new_parser, run_command
 
 import torch
 
@@ -56,7 +55,7 @@ def to_onnx(model):
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", help="a folder with a trained network, or a Hub id")
-    parser.add_argument("output", type=Path, help="the .onnx file to write")
+    parser.add_argument("output", type=expanded, help="the .onnx file to write")
     flags = parser.parse_args()
     missing = [package for package in PACKAGES if not importlib.util.find_spec(package)]
     if missing:

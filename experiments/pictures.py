@@ -10,7 +10,7 @@ sample.py go through. Written to assets/, unless --output names another folder.
 from pathlib import Path
 
 from support.checkpoint import save_picture
-from support.settings import new_parser, run_command
+from support.settings import expanded, new_parser, run_command
 
 import torch
 
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("checkpoint", help="a folder or a Hub id")
     text = "folder to write to (default: %(default)s)"
     assets = Path("assets")
-    parser.add_argument("--output", type=Path, default=assets, metavar="FOLDER", help=text)
+    parser.add_argument("--output", type=expanded, default=assets, metavar="FOLDER", help=text)
     flags = parser.parse_args()
     model = DiT.from_pretrained(flags.checkpoint)
 

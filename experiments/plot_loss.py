@@ -10,10 +10,9 @@ ones, the network overfits. Needs matplotlib.
 import csv
 import os
 import re
-from pathlib import Path
 
 from support.checkpoint import write_beside
-from support.settings import UserError, new_parser, png_path, run_command
+from support.settings import UserError, expanded, new_parser, png_path, run_command
 
 
 def read_log(path):
@@ -65,7 +64,7 @@ def draw_fixed_times(axes, rows, times):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run, with log.csv in it")
+    parser.add_argument("run", type=expanded, help="the folder of a run, with log.csv in it")
     text = "the figure (default: loss.png in that folder)"
     parser.add_argument("--output", type=png_path, metavar="PNG", help=text)
     flags = parser.parse_args()

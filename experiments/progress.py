@@ -8,7 +8,7 @@ Takes the first row of each of those steps' grids in samples/, and stacks the ro
 from pathlib import Path
 
 from support.checkpoint import save_picture
-from support.settings import UserError, new_parser, png_path, run_command
+from support.settings import UserError, expanded, new_parser, png_path, run_command
 
 from PIL import Image
 
@@ -29,7 +29,7 @@ def first_rows(grids, image_size):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("run", type=expanded, help="the folder of a run")
     text = "steps that have a grid in samples/: multiples of SAMPLE_EVERY, and the last"
     parser.add_argument("--steps", type=int, nargs="+", required=True, metavar="N", help=text)
     text = "the picture (default: %(default)s)"

@@ -16,10 +16,9 @@ evaluations.
 """
 
 import statistics
-from pathlib import Path
 
 from support.machine import autocast
-from support.settings import MAX_SEED, UserError, limited, new_parser, run_command
+from support.settings import MAX_SEED, UserError, expanded, limited, new_parser, run_command
 
 import torch
 
@@ -133,7 +132,7 @@ def main():
     parser.add_argument("checkpoint", help="a folder or a Hub id")
     against = parser.add_mutually_exclusive_group(required=True)
     text = "real pictures to compare with"
-    against.add_argument("--held-out", type=Path, metavar="FOLDER", help=text)
+    against.add_argument("--held-out", type=expanded, metavar="FOLDER", help=text)
     text = "compare with freshly drawn butterflies"
     against.add_argument("--drawn", action="store_true", help=text)
     text = f"only these rows (default: all): {'; '.join(ROWS)}"

@@ -20,9 +20,8 @@ pictures that were not trained on show what is normal; distances well below that
 """
 
 import functools
-from pathlib import Path
 
-from support.settings import UserError, new_parser, run_command
+from support.settings import UserError, expanded, new_parser, run_command
 
 import torch
 import torch.nn.functional as F
@@ -160,10 +159,10 @@ def load(folder):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("generated", type=Path, help="a folder of pictures")
-    parser.add_argument("real", type=Path, help="a folder of pictures that were not trained on")
+    parser.add_argument("generated", type=expanded, help="a folder of pictures")
+    parser.add_argument("real", type=expanded, help="a folder of pictures that were not trained on")
     text = "pictures that were trained on: are there copies of them?"
-    parser.add_argument("--training", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--training", type=expanded, metavar="FOLDER", help=text)
     flags = parser.parse_args()
     folders = [flags.generated, flags.real]
     if flags.training:

@@ -7,10 +7,9 @@ To share it: hf upload you/butterflies assets/butterflies. (push_to_hub would do
 """
 
 import shutil
-from pathlib import Path
 
 from support.hub import write_card
-from support.settings import UserError, limited, new_parser, run_command
+from support.settings import UserError, expanded, limited, new_parser, run_command
 
 from experiments.plot_loss import read_log
 from model import DiT
@@ -26,8 +25,8 @@ def copy_grid(run, output):
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
-    parser.add_argument("output", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("run", type=expanded, help="the folder of a run")
+    parser.add_argument("output", type=expanded, help="a folder that does not exist yet")
     text = "the guidance that sample.py then uses by default (default: that of the run)"
     parser.add_argument("--cfg-scale", type=limited(float), metavar="W", help=text)
     flags = parser.parse_args()

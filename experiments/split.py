@@ -10,14 +10,16 @@ import csv
 import shutil
 from pathlib import Path
 
-from support.settings import UserError, new_parser, run_command
+from support.settings import UserError, expanded, new_parser, run_command
 
 FOLDERS = {"train": Path("butterflies"), "held-out": Path("butterflies-held-out")}
 
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("photographs", type=Path, help="a folder with one folder for each class")
+    parser.add_argument(
+        "photographs", type=expanded, help="a folder with one folder for each class"
+    )
     flags = parser.parse_args()
     for folder in FOLDERS.values():
         if folder.exists():

@@ -38,7 +38,7 @@ def uses_bf16(device, precision):
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
     # torch.cpu.get_capabilities() would say it from torch 2.11 on; these are older.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)

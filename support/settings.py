@@ -106,7 +106,7 @@ def limited(kind, lowest=-MANY, highest=MANY):
     return within_limits
 
 
-def path(text):
+def expanded(text):
     """An argparse type: a path, in which ~ is the home folder, as in --output=~/grid.png."""
     return Path(text).expanduser()
 
@@ -115,7 +115,7 @@ def png_path(text):
     """An argparse type: the path of a .png file, which need not exist."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
-    return path(text)
+    return expanded(text)
 
 
 def add_setting_flags(parser, settings, source_file):

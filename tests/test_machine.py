@@ -85,7 +85,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 0.0)  # there is no number to read
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a real GPU
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)  # of autocast
     with FakeTensorMode():
         try:
             torch.zeros(1, device=CUDA)
