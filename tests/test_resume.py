@@ -256,6 +256,18 @@ def test_more_steps_for_a_run_on_its_way_say_what_the_rate_does(pictures, tmp_pa
     assert "another learning rate" not in said
 
 
+def test_a_held_out_loss_above_its_best_is_said(trained, tmp_path):
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    said, _ = call("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "held out rises" not in said
+    shutil.copytree(trained / "out", out, dirs_exist_ok=True)
+    kept = torch.load(out / "train_state.pt")
+    kept["log"][0]["val_loss"] /= 10  # as if it had been better once
+    torch.save(kept, out / "train_state.pt")
+    said, _ = call("train", "--resume", "--steps", 40, cwd=tmp_path)
+    assert "held out rises: the network is learning its pictures by heart" in said
+
+
 def test_pictures_that_have_changed_are_said(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "mine")
     call("train", *FEW, "--dataset", "mine", "--steps", 2, cwd=tmp_path)
