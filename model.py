@@ -259,8 +259,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         """Write config.json, model.safetensors and a README.md into a folder: see the mixin. Of the
         arguments, class_names, dataset and cfg_scale may have been changed since."""
         changed = {name: getattr(self, name) for name in ("class_names", "dataset", "cfg_scale")}
-        config = {**self._hub_mixin_config, **changed}
-        return super().save_pretrained(save_directory, **{"config": config, **options})
+        options["config"] = options.get("config") or {**self._hub_mixin_config, **changed}
+        return super().save_pretrained(save_directory, **options)
 
     @classmethod
     def from_pretrained(cls, checkpoint, strict=True, **options):

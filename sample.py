@@ -24,7 +24,7 @@ from pathlib import Path
 from support import settings
 from support.checkpoint import save_picture
 from support.machine import autocast, pick_device
-from support.settings import MAX_SEED, UserError, limited, png_path
+from support.settings import MAX_SEED, UserError, expanded, limited, png_path
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -205,9 +205,7 @@ def parse_flags(arguments):
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
     parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
-    parser.add_argument(
-        "--save-images", type=settings.expanded, metavar="DIR", help="also every picture"
-    )
+    parser.add_argument("--save-images", type=expanded, metavar="DIR", help="also every picture")
     return argparse.Namespace(**settings.parse(parser, arguments))
 
 

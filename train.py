@@ -220,7 +220,7 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
     script that takes some steps sets constants as train.BATCH_SIZE = 8, or by apply_settings.
     """
     device = next(ema.parameters()).device
-    rank, world_size = machine.processes()
+    here = rank, world_size = machine.processes()
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
 
@@ -233,8 +233,7 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
 
         # The gradients of the processes' slices of a batch, each of them cut into up to ACCUMULATE
         # parts, add up to that of the whole.
-        here = (device, rank, world_size)
-        batch = random_batch(images, labels, train_ids, ema.num_classes, step, *here)
+        batch = random_batch(images, labels, train_ids, ema.num_classes, step, device, *here)
         parts = list(zip(*(tensor.chunk(ACCUMULATE) for tensor in batch)))
         step_loss = torch.zeros((), device=device)
         for number, (x, y, t, noise) in enumerate(parts, 1):
@@ -275,7 +274,8 @@ def load_initial_weights(name, model):
     and layers that the trained network lacks, stay as they are. Raises UserError if sizes differ.
     """
     trained = DiT.from_pretrained(name, strict=False)
-    own, learned = model.state_dict(), trained.state_dict()
+    own = model.state_dict()
+    learned = {n: w for n, w in trained.state_dict().items() if n not in trained.lacking}
     embeddings, known = own["class_embedding.weight"], learned["class_embedding.weight"]
     learned["class_embedding.weight"] = embeddings
     checkpoint.load_into(model, own | learned, f"--init-from: {name} is of another network")
@@ -285,7 +285,7 @@ def load_initial_weights(name, model):
             embeddings[model.class_names.index(class_name)] = known[row]
     embeddings[-1] = known[-1]  # of the null class
     kept = len(set(trained.class_names) & set(model.class_names))
-    new = [layer for layer in own if layer not in learned or layer in trained.lacking]
+    new = [layer for layer in own if layer not in learned]
     print_once(f"{kept} of {model.num_classes} classes are known to {name}; new layers: {new}")
 
 
@@ -465,7 +465,7 @@ def train(state, constants, init_from):
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
                     bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
                     if row["val_loss"] > 1.02 * min(old["val_loss"] for old in rows):
-                        bar.write("held out rises: the network is learning its pictures by heart")
+                        bar.write("held out rises: learned by heart, or too high a learning rate")
 
             # Sample from the averaged weights: always the same classes, and the same noise.
             if master and drawing:

@@ -26,7 +26,8 @@ from support.settings import UserError, print_once
 from PIL import Image
 
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-PICTURES |= {".heic", ".heif"}  # of iPhones, which need a plug-in of Pillow
+# Pillow knows of some only that they are. Those of iPhones need a plug-in.
+PICTURES = PICTURES - set(".bufr .grib .h5 .hdf .mpeg .mpg".split()) | {".heic", ".heif"}
 TABLES = ".csv .tsv .json .jsonl".split()
 # Files that were no pictures before, either: a folder of these alone loses nothing.
 DOCUMENTS = [*TABLES, *".html .log .md .mov .mp4 .py .txt .xml .yaml .yml".split()]
@@ -38,12 +39,8 @@ TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query".split(
 MASKS = set("mask segmentation annotation trimap gt groundtruth label".split())
 LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
 
-csv.field_size_limit(10**9)
-
 # Hidden, the system's, and the grids that train.py and sample.py draw.
-SKIPPED = re.compile(
-    r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class)-.*\d\.png$"
-)
+SKIPPED = re.compile(r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class-.*-seed)-")
 
 
 def find_pictures(folder):
@@ -69,15 +66,20 @@ def find_pictures(folder):
         raise UserError(f"{root} has pictures beside {min(folders)}/: put all in folders, or one")
 
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
+    # Names count with up to two folders; without one, or without their ending, only if they do not
+    # repeat in class folders.
+    unique = len({path.name for path in pictures}) == len(pictures)
+    depths = (1, 2, 3) if unique else (2, 3)
+    by_name = {last_parts(path, depth): path for path in pictures for depth in depths}
+    by_stem = {path.stem.lower(): path for path in pictures if unique}
     tables = [path for path in others if path.suffix.lower() in TABLES]
     for table in tables:
-        for path, label in read_table(table, pictures):
+        for path, label in read_table(table, by_name, by_stem):
             labels[path].add(label)
     # Without folders, no table may be passed over: it could have the labels.
-    if labels or (not folders and passed_over.keys() & {".csv", ".tsv"}):
+    if labels or (pictures and not folders and passed_over.keys() & {".csv", ".tsv"}):
         names = ", ".join(table.name for table in tables)[:100]
         classes = by_label(labels, pictures, names)
-        passed_over.subtract(table.suffix.lower() for table in tables)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
             raise UserError(f"{names} sorts the pictures otherwise than their folders: remove it")
     return folders or classes, passed_over
@@ -90,18 +92,21 @@ def walk(folder, passed_over, parents=()):
     parents = (*parents, folder.resolve())
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
     paths.sort(key=lambda path: path.name)
-    trains = [path for path in paths if named(TRAIN, path.name) and path.is_dir()]
-    tests = [p for p in paths if named(TEST | MASKS, p.name) and p.is_dir() and p not in trains]
-    if tests and len(trains) != 1:
+    # Not a run's, nor, as splits are few, a class such as gas_mask or bullet_train among many.
+    dirs = [p for p in paths if p.is_dir() and not (p / "model.safetensors").exists()]
+    no_class = TEST | MASKS if len(dirs) < 6 else TEST
+    trains = [p for p in dirs if named(TRAIN, p.name) and not named(MASKS, p.name)]
+    tests = [p for p in dirs if named(no_class, p.name) and p not in trains]
+    if tests and (len(trains) != 1 or len(dirs) >= 6):
         raise UserError(f"{tests[0]} is no class, by its name: use another --dataset, or rename it")
     for path in paths:
         # Tables stay, as they are of all pictures.
         if tests and path != trains[0] and (path.suffix.lower() in PICTURES or path.is_dir()):
             left_out = [file for file in (path, *path.rglob("*")) if file.is_file()]
-            passed_over[f"in {path.name}"] += len(left_out)
+            passed_over[path.suffix.lower() or f"in {path.name}"] += len(left_out)
         elif not path.is_dir():
             yield path
-        elif path.resolve() not in parents and not (path / "model.safetensors").exists():
+        elif path in dirs and path.resolve() not in parents:
             yield from walk(path, passed_over, parents)
 
 
@@ -116,12 +121,13 @@ def named(words, name):
 # Tables of labels
 
 
-def read_table(table, pictures):
-    """Yield (path, label) for each of the pictures that a row of a CSV file names, in whichever
-    column: where two columns name pictures, one gets two labels. Raises UserError if rows are for
-    testing, or for a JSON file that names pictures: what else it says, only its owner knows."""
-    text = table.read_text("utf-8-sig", errors="replace").replace("\0", "")
-    rows, columns = [{"": word} for word in text.split('"')], [""]
+def read_table(table, by_name, by_stem):
+    """Yield (path, label) for each of the pictures {name: path} that a row of a CSV file names, in
+    whichever column: where two columns name pictures, one gets two labels. Raises UserError if rows
+    are for testing, or for a JSON file that names pictures: what else it says, only its owner
+    knows."""
+    text = table.read_text("utf-8-sig", errors="replace").replace("\0", "\ufffd")
+    rows, columns = [{"": word} for word in set(text.split('"'))], [""]
     if table.suffix.lower() in (".csv", ".tsv"):
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="+", restval="")
@@ -129,14 +135,10 @@ def read_table(table, pictures):
     label_columns = find_labels(columns)
     other_columns = [column for column in columns if column not in label_columns]
 
-    # Names count with up to two folders; without one, only if they do not repeat in class folders.
-    depths = (1, 2, 3) if len({path.name for path in pictures}) == len(pictures) else (2, 3)
-    by_name = {last_parts(path, depth): path for path in pictures for depth in depths}
     used = rows_of(by_name, rows, other_columns)
-    if not used:  # names without their ending: in the first column, as others have numbers, too
-        by_name = {path.stem.lower(): path for path in pictures}
-        used = rows_of(by_name, rows, other_columns[:1])
-    if named(TEST, table.stem) or len(used) < 2:
+    if not used and columns != [""]:  # names without ending: in the first column of a CSV alone
+        used = rows_of(by_stem, rows, other_columns[:1])
+    if named(TEST, table.stem) or len(used) < min(2, len({*by_name.values()})):
         return  # for testing, or not about these pictures
     if columns == [""]:
         raise UserError(f"{table} names the pictures, but labels are read from CSV: move it away")
@@ -171,8 +173,7 @@ def by_label(labels, pictures, tables):
     """{label: paths} of the pictures, by {path: set of labels}, which is of the tables. Raises
     UserError if a picture has several labels, or none."""
     if not labels:
-        hint = "which picture is of which class; if none is, move the table away"
-        raise UserError(f"{tables}: a column called label (or class, species) has to say {hint}")
+        raise UserError(f"{tables}: call one column label, that of classes; without any, remove it")
     classes = defaultdict(list)
     for path in pictures:
         if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):

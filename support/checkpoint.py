@@ -29,14 +29,14 @@ def replace(source, target, needed=True):
     print_once(f"warning: {problem}", sys.stderr)
 
 
-def write_beside(path, write):
+def write_beside(path, write, needed=True):
     """Call write(path) with a temporary name, then rename the file, so that a failure leaves an old
-    one as it was. The folder is made if it is missing."""
+    one as it was. The folder is made if it is missing. needed: as for replace()."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".writing-{path.name}")
     try:
         write(beside)
-        replace(beside, path, needed=False)
+        replace(beside, path, needed)
     finally:
         beside.unlink(missing_ok=True)  # on a full disk, half a file would keep it full
 
@@ -58,8 +58,8 @@ def the_only_run(folder):
     lock = FileLock(folder / f".lock{os.environ.get('RANK', 0)}", timeout=0)
     try:
         lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another training writes to {folder}: use another --out-dir") from error
+    except (Timeout, PermissionError) as error:
+        raise UserError(f"another training or user has {folder}: set another --out-dir") from error
     except (OSError, NotImplementedError) as error:
         print_once(f"warning: no lock keeps others from {folder}: {error}", sys.stderr)
     try:
@@ -76,7 +76,7 @@ def write_log(path, rows):
     newest row: you may have added one while the run was stopped."""
     lines = [rows[-1], *([row.get(column, "") for column in rows[-1]] for row in rows)]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_beside(path, lambda beside: beside.write_text(text, "utf-8", newline="\n"))
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8", newline="\n"), False)
 
 
 # The state
@@ -105,8 +105,7 @@ def load_state(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("constants", "counts", "log", "settings", *state)}
     except Exception as error:  # a damaged file may raise anything
-        message = f"{path} is missing, damaged, or no state of a run"
-        raise UserError(f"--resume: {message}; is --out-dir right? ({error})") from error
+        raise UserError(f"--resume: {path} is missing, damaged, or no run's: {error}") from error
 
 
 def resumed_settings(state, constants, flags, fixed, out):

@@ -24,4 +24,4 @@ def write_card(folder, network, training, rows):
     grids = sorted(folder.glob("samples/step-*.png"), key=lambda grid: (len(grid.name), grid.name))
     grid = f"![samples](samples/{grids[-1].name})" if grids else ""
     text = CARD.format(network=network, millions=millions, training=training, grid=grid)
-    write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8"), needed=False)

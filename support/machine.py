@@ -16,8 +16,10 @@ def pick_device(name):
     """The torch device with the given name; "auto" is a GPU (CUDA, or MPS on a Mac) if there is
     one that works, else the CPU. Each process of torchrun has a GPU of its own. Raises UserError if
     this machine does not have the device."""
-    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
-    for device in (accelerator.type, "cpu") if name == "auto" else (name,):
+    has_gpu = torch.accelerator.is_available()
+    gpu = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
+    instead = () if "LOCAL_RANK" in os.environ else ("cpu",)  # one of several processes stays
+    for device in (gpu, *instead) if name == "auto" else (name,):
         if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         with contextlib.suppress(Exception):  # which one depends on how torch was built
@@ -85,6 +87,7 @@ def compile_model(model):
 
     def first_call(*arguments, **options):
         print_once("compiling: the first step takes up to a minute")
+        buffers = [buffer.clone() for buffer in model.buffers()]  # of a batch norm
         try:
             model.forward = torch.compile(eager)
             # The compiler translates the backward pass when it is first needed, and may fail then.
@@ -95,6 +98,8 @@ def compile_model(model):
         except Exception as error:  # the compiler's; one of the model's own comes again below
             print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
             model.forward = eager
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
         return model.forward(*arguments, **options)
 
     model.forward = first_call

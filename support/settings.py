@@ -99,8 +99,8 @@ def limited(kind, lowest=-MANY, highest=MANY):
 
     def within_limits(value):
         if not lowest <= number(value) <= highest or kind(number(value)) != number(value):
-            limits = f"{'whole ' * (kind is int)}number from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"{value} is not a {limits}")
+            problem = f"{value} is no {kind.__name__} from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(problem)
         return kind(number(value))
 
     return within_limits
@@ -155,7 +155,7 @@ def checked(values):
     for name in LIMITS.keys() & values:
         try:
             values[name] = LIMITS[name](values[name])
-        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+        except (argparse.ArgumentTypeError, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{name} is {values[name]!r}: {error}") from error
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:

@@ -68,6 +68,13 @@ LAYOUTS = {
         + ["._banner.png", "fish/.0.png", "lost+found/0.png"],
         FISH_STAR,
     ),
+    "classes called like splits and masks among many": (
+        tree("bullet_train", "gas_mask", "mask", "label", "zebra", "yak"),
+        dict.fromkeys(("bullet_train", "gas_mask", "mask", "label", "zebra", "yak"), 2),
+    ),
+    "train beside masks": (tree("train", "train_masks"), {"train": 2}),
+    "a run called like a split": (["out/test/model.safetensors", *tree("fish", "star")], FISH_STAR),
+    "an animation": (["samples/class-3-seed-0.gif", *tree("fish", "star")], FISH_STAR),
     "a run": (["out/model.safetensors", "out/samples/a.png", *tree("fish", "star")], FISH_STAR),
     "a run that has just begun": (["out/.gitignore", *tree("fish", "star")], FISH_STAR),
     "grids": (
@@ -78,6 +85,7 @@ LAYOUTS = {
     "capital endings": (["fish/0.HEIC", "fish/1.PNG", "star/0.Jpeg"], {"fish": 2, "star": 1}),
     "rarer endings": (["fish/0.tga", "fish/1.psd", "star/0.dds", "star/1.qoi"], FISH_STAR),
     "an archive": (["old.tar", *tree("fish", "star")], FISH_STAR),
+    "numbers beside pictures": (["features.h5", *tree("fish", "star")], FISH_STAR),
 }
 for train, test in (
     ("train", "test"),
@@ -130,6 +138,7 @@ REFUSED = {
     "val is no class": "fish/0.png fish/val/1.png",
     "masks is no class": "images/0.png masks/0.png",
     "GT is no class": "images/0.png GT/0.png",
+    "test is no class": "test/0.png " + " ".join(f"{n}/0.png train/0.png" for n in "abcde"),
     "annotations is no class": "images/0.png annotations/trimaps/0.png",
     "no picture in .*fish, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
     "no picture in .*fish, but x": "fish/x star/0.png shell/0.png",
@@ -147,7 +156,7 @@ def test_a_folder_with_two_readings_is_refused(tmp_path, words):
 def test_what_is_left_out_is_counted_by_kind(tmp_path):
     make(tmp_path, *tree("train/fish", "train/star", "test/fish", "extra"), "banner.jpg")
     make(tmp_path, "train/a.TXT", "train/fish/b.txt", "c", "labels.csv")
-    expected = {"in test": 2, "in extra": 2, "in banner.jpg": 1, ".txt": 2, "without an ending": 1}
+    expected = {"in test": 2, "in extra": 2, ".jpg": 1, ".txt": 2, "without an ending": 1}
     assert counts(tmp_path)[1] == {**expected, ".csv": 1}
 
 
@@ -246,7 +255,7 @@ def test_the_table_of_a_kaggle_set_labels_the_pictures_in_train(tmp_path, capsys
     assert names == {"MONARCH": ["1.jpg", "2.jpg"], "RED ADMIRAL": ["0.jpg"]}
     assert list(names) == sorted(names)
     assert f"labels as in {tmp_path / 'Training_set.csv'}" in capsys.readouterr().out
-    assert dict(+passed_over) == {"in test": 1}
+    assert dict(+passed_over) == {"in test": 1, ".csv": 2}
 
 
 READABLE = [
@@ -282,6 +291,7 @@ BESIDE = [
     ("broken.csv", "file,label\n\0\udcff"),
     ("test_labels.csv", "file,label\n0.png,a\n2.png,a\n"),
     ("classes.json", '{"fish": 0, "star": 1}'),
+    ("ids.json", '{"0": "fish", "1": "star"}'),
 ]
 
 
@@ -341,7 +351,7 @@ def test_names_that_repeat_count_with_their_folders(tmp_path):
 SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 BOTH = "id,like,species\n0.jpg,1.jpg,a\n1.jpg,2.jpg,b\n2.jpg,0.jpg,a\n"
-NEEDED = "a column called label .* has to say which picture is of which class"
+NEEDED = "call one column label"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
     ("labels.csv", "photo,species\n0.jpg,a\n2.jpg,a\n", "labels.csv: the label of .*1.jpg is m"),
@@ -353,7 +363,7 @@ TABLES = [
     ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
     ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "read from CSV"),
     ("labels.csv", "file,label\n0.jpg,\xe9\n1.jpg,a\n", "labels.csv: the label .*UTF-8"),
-    ("labels.csv", 'file,label\n0.jpg,"' + "x" * 200_000, f"labels.csv: {NEEDED}"),
+    ("labels.csv", "file,label\n0.jpg,\0中\n1.jpg,a\n".encode("utf-16").decode("latin-1"), NEEDED),
     ("labels.csv", "file,label\nx.jpg,a\n", f"labels.csv: {NEEDED}"),
     ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
@@ -377,6 +387,19 @@ def test_a_table_that_does_not_say_what_is_what_is_refused(tmp_path, table):
         (tmp_path / name).write_text(text, "latin-1")
     with pytest.raises(UserError, match=words):
         find_pictures(tmp_path)
+
+
+def test_a_table_of_a_single_picture(tmp_path):
+    make(tmp_path, "0.jpg")
+    (tmp_path / "labels.csv").write_text("file,label\n0.jpg,a\n")
+    assert counts(tmp_path)[0] == {"a": 1}
+
+
+def test_a_sidecar_of_each_picture_is_no_table(tmp_path):
+    make(tmp_path, *tree("fish", "star"))
+    for path in sorted(tmp_path.rglob("*.png")):
+        path.with_name(f"{path.name}.json").write_text(f'{{"title": "{path.name}"}}')
+    assert counts(tmp_path) == (FISH_STAR, {".json": 4})
 
 
 def test_a_heic_that_a_table_names_is_said_to_need_a_plug_in(tmp_path, capsys):

@@ -190,9 +190,11 @@ def test_what_is_uploaded_is_sampled_and_started_from(
 def test_a_network_is_pushed_by_its_own_method(serve, model, tmp_path):
     (tmp_path / "repository").mkdir()
     server = serve({"you/small": tmp_path / "repository"})
-    code = f"from model import DiT; DiT.from_pretrained({str(tmp_path / 'model')!r})"
-    run_online([sys.executable, "-c", f"{code}.push_to_hub('you/small')"], server.url)
-    assert DiT.from_pretrained("you/small").class_names == model.class_names
+    code = f"from model import DiT; model = DiT.from_pretrained({str(tmp_path / 'model')!r}); "
+    code += "model.cfg_scale = 7.5; model.push_to_hub('you/small')"
+    run_online([sys.executable, "-c", code], server.url)
+    pushed = DiT.from_pretrained("you/small")
+    assert pushed.class_names == model.class_names and pushed.cfg_scale == 7.5
 
 
 def test_a_dataset_comes_from_the_hub_into_its_cache(serve, tmp_path, monkeypatch):

@@ -162,7 +162,11 @@ def test_devices_that_are_not_here_are_refused(monkeypatch):
     for accelerator, found in ((None, "cpu"), ("meta", "meta"), ("cuda:77", "cpu")):
         device = accelerator and torch.device(accelerator)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda device=device: bool(device))
         assert machine.pick_device("auto").type == found
+    monkeypatch.setenv("LOCAL_RANK", "88")  # with a GPU too few, no process uses the CPU instead
+    with pytest.raises(UserError, match="this machine has no DEVICE"):
+        machine.pick_device("auto")
 
 
 def test_each_process_has_a_gpu_of_its_own_before_the_group_starts(fake_cuda, monkeypatch):
@@ -391,7 +395,8 @@ def test_a_compiled_network_takes_keywords_as_any_other(compiler):
 
 def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler, capsys):
     model = small_model()
-    model.forward = lambda x: model.final_layer(torch.dropout(x, 0.5, True))
+    model.blocks.append(torch.nn.BatchNorm1d(16))  # which keeps a mean
+    model.forward = lambda x: model.blocks[-1](torch.dropout(x, 0.5, True))
     model.final_layer.bias.requires_grad_(False)  # someone trains a part of the layers alone
     compiler("eager")
     machine.compile_model(model)
@@ -401,6 +406,7 @@ def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler, capsys):
     torch.set_rng_state(random_state)
     torch.dropout(x, 0.5, True)
     assert torch.equal(torch.get_rng_state(), after)  # as of one pass
+    assert model.blocks[-1].num_batches_tracked == 1
     assert all(weight.grad is None for weight in model.parameters())
     assert capsys.readouterr().err == ""
 

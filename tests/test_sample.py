@@ -252,7 +252,7 @@ def test_class_names_cannot_write_outside_the_folder(tmp_path):
         ("--class-name Red-Eye-Pointed", ["--list-classes", "did you mean red-eyes-pointed?"]),
         ("--sed 3", ["--sed 3; did you mean --seed"]),
         ("--steps 0", ["--steps", "from 1"]),
-        ("--cfg-scale nan", ["--cfg-scale", "number"]),
+        ("--cfg-scale nan", ["--cfg-scale", "no float"]),
         ("--eta 1.5", ["--eta", "0 to 1"]),
         ("--seed 4294967296", ["--seed", "from 0 to 4294967295"]),
         ("--device abacus", ["abacus", "cpu"]),

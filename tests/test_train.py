@@ -292,25 +292,25 @@ def test_layers_that_the_trained_network_lacks_stay_as_they_are_and_are_named(
 ):
     shutil.copytree(trained / "out", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    del weights["blocks.0.attention.scale"]  # as if this layer had been added since
+    del weights["blocks.0.attention.qkv.weight"]  # as if this layer had been added since
     save_file(weights, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ValueError, match="attention.scale"):
+    with pytest.raises(ValueError, match="attention.qkv.weight"):
         DiT.from_pretrained(tmp_path / "model")
     assert DiT.from_pretrained(tmp_path / "model", strict=False).lacking == [
-        "blocks.0.attention.scale"
+        "blocks.0.attention.qkv.weight"
     ]
 
     model = DiT.from_pretrained(trained / "out")
     model.lora = torch.nn.Linear(16, 2)  # another one, whatever DiT is called with
+    torch.nn.init.normal_(model.blocks[0].attention.qkv.weight)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.nn.init.zeros_(model.patch_embedding.weight)
     train.load_initial_weights(tmp_path / "model", model)
     out = capsys.readouterr().out
     assert "3 of 3 classes are known" in out
-    assert "['blocks.0.attention.scale', 'lora.weight', 'lora.bias']" in out
-    for name in ("lora.weight", "patch_embedding.weight", "blocks.0.mlp.0.weight"):
-        assert torch.equal(model.state_dict()[name], before[name])
-    assert (model.blocks[0].attention.scale == 1).all()
+    assert "['blocks.0.attention.qkv.weight', 'lora.weight', 'lora.bias']" in out
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
     weights["extra"] = torch.zeros(3)  # and one that is no longer there
     save_file(weights, tmp_path / "model" / "model.safetensors")
