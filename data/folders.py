@@ -2,9 +2,9 @@
 
 Only names and tables are looked at. There are four rules, in this order:
 
-1. A folder whose name begins or ends with a word for testing, or for masks, is never a class. If
-   one folder beside it is for training (train beside valid, seg_train beside seg_test, ...), all
-   but that one is left out; otherwise it is refused.
+1. A folder whose name begins or ends with a word for testing is never a class; among up to five
+   folders, nor is one for masks. If one of them is for training (train beside valid, seg_train
+   beside seg_test, ...), all but that one is left out; otherwise, and among more, it is refused.
 2. Folders around all of the pictures are wrappers: look inside. Pictures beside folders of pictures
    are refused.
 3. Several folders are the classes, with all that is below them. What would be lost is refused: a
@@ -29,7 +29,7 @@ PICTURES = {ending for ending, kind in Image.registered_extensions().items() if 
 # Pillow knows of some only that they are. Those of iPhones need a plug-in.
 PICTURES = PICTURES - set(".bufr .grib .h5 .hdf .mpeg .mpg".split()) | {".heic", ".heif"}
 TABLES = ".csv .tsv .json .jsonl".split()
-# Files that were no pictures before, either: a folder of these alone loses nothing.
+# Files that cannot be the pictures of a class: a folder that has no others is no class, either.
 DOCUMENTS = [*TABLES, *".html .log .md .mov .mp4 .py .txt .xml .yaml .yml".split()]
 
 # Words that begin or end the names of folders for training, and of folders that are no classes.
