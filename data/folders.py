@@ -66,15 +66,16 @@ def find_pictures(folder):
         raise UserError(f"{root} has pictures beside {min(folders)}/: put all in folders, or one")
 
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
+    tables = [path for path in others if path.suffix.lower() in TABLES]
+    looked_up = pictures if tables else []  # as a million names take their time and memory
     # Names count with up to two folders; without one, or without their ending, only if they do not
     # repeat in class folders.
-    unique = len({path.name for path in pictures}) == len(pictures)
+    unique = len({path.name for path in looked_up}) == len(looked_up)
     depths = (1, 2, 3) if unique else (2, 3)
-    by_name = {last_parts(path, depth): path for path in pictures for depth in depths}
-    by_stem = {path.stem.lower(): path for path in pictures if unique}
-    tables = [path for path in others if path.suffix.lower() in TABLES]
+    by_name = {last_parts(path, depth): path for path in looked_up for depth in depths}
+    by_stem = {path.stem.lower(): path for path in looked_up if unique}
     for table in tables:
-        for path, label in read_table(table, by_name, by_stem):
+        for path, label in read_table(table, by_name, by_stem, min(2, len(pictures))):
             labels[path].add(label)
     # Without folders, no table may be passed over: it could have the labels.
     if labels or (pictures and not folders and passed_over.keys() & {".csv", ".tsv"}):
@@ -93,10 +94,10 @@ def walk(folder, passed_over, parents=()):
     paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
     paths.sort(key=lambda path: path.name)
     # Not a run's, nor, as splits are few, a class such as gas_mask or bullet_train among many.
-    dirs = [p for p in paths if p.is_dir() and not (p / "model.safetensors").exists()]
+    dirs = {p for p in paths if p.is_dir() and not (p / "model.safetensors").exists()}
     no_class = TEST | MASKS if len(dirs) < 6 else TEST
     trains = [p for p in dirs if named(TRAIN, p.name) and not named(MASKS, p.name)]
-    tests = [p for p in dirs if named(no_class, p.name) and p not in trains]
+    tests = [p for p in paths if p in dirs and named(no_class, p.name) and p not in trains]
     if tests and (len(trains) != 1 or len(dirs) >= 6):
         raise UserError(f"{tests[0]} is no class, by its name: use another --dataset, or rename it")
     for path in paths:
@@ -121,11 +122,11 @@ def named(words, name):
 # Tables of labels
 
 
-def read_table(table, by_name, by_stem):
+def read_table(table, by_name, by_stem, least):
     """Yield (path, label) for each of the pictures {name: path} that a row of a CSV file names, in
     whichever column: where two columns name pictures, one gets two labels. Raises UserError if rows
     are for testing, or for a JSON file that names pictures: what else it says, only its owner
-    knows."""
+    knows. A table that names fewer than `least` pictures is not about them."""
     text = table.read_text("utf-8-sig", errors="replace").replace("\0", "\ufffd")
     rows, columns = [{"": word} for word in set(text.split('"'))], [""]
     if table.suffix.lower() in (".csv", ".tsv"):
@@ -138,7 +139,7 @@ def read_table(table, by_name, by_stem):
     used = rows_of(by_name, rows, other_columns)
     if not used and columns != [""]:  # names without ending: in the first column of a CSV alone
         used = rows_of(by_stem, rows, other_columns[:1])
-    if named(TEST, table.stem) or len(used) < min(2, len({*by_name.values()})):
+    if named(TEST, table.stem) or len(used) < least:
         return  # for testing, or not about these pictures
     if columns == [""]:
         raise UserError(f"{table} names the pictures, but labels are read from CSV: move it away")

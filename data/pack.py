@@ -32,13 +32,12 @@ def main():
     parser.add_argument("path", type=expanded, help="a new file: pictures.safetensors")
     parser.add_argument("--image-size", type=limited(int, 1), default=64, help="(%(default)s)")
     args = parser.parse_args()
-    target = args.path
-    if target.suffix != ".safetensors" or target.exists():
-        raise UserError(f"{target} exists, or does not end with .safetensors: choose a new name")
+    if args.path.suffix != ".safetensors" or args.path.exists():
+        raise UserError(f"{args.path} exists, or does not end with .safetensors: choose a new name")
 
     # The tensor of the pictures is a file, too, as they may not fit into the memory.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.path.parent, ignore_cleanup_errors=True) as scratch:
 
         def empty(shape, dtype):
             file, size = str(Path(scratch, "images")), math.prod(shape)
@@ -47,8 +46,8 @@ def main():
         images, labels, class_names = load_dataset(args.source, args.image_size, empty)
         metadata = {"class_names": json.dumps(class_names), "source": args.source}
         tensors = {"images": images, "labels": labels}
-        write_beside(target, lambda beside: save_file(tensors, beside, metadata))
-    print(f"{len(labels)} pictures of {len(class_names)} classes are in {target}")
+        write_beside(args.path, lambda beside: save_file(tensors, beside, metadata))
+    print(f"{len(labels)} pictures of {len(class_names)} classes are in {args.path}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def write_log(path, rows):
     newest row: you may have added one while the run was stopped."""
     lines = [rows[-1], *([row.get(column, "") for column in rows[-1]] for row in rows)]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_beside(path, lambda beside: beside.write_text(text, "utf-8", newline="\n"), False)
+    write_beside(path, lambda beside: beside.write_text(text, "utf-8", newline="\n"), needed=False)
 
 
 # The state

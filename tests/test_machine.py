@@ -237,16 +237,6 @@ def losses(device, precision):
         yield loss.item()
 
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
-def test_training_in_bf16_follows_training_in_fp32(name):
-    device = torch.device(name)
-    in_bf16, in_fp32 = list(losses(device, "bf16")), list(losses(device, "fp32"))
-    assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=0.03)
-
-
 def usable(name):
     """A test that is skipped, by this name, where a number cannot be put on the device."""
     try:
@@ -254,6 +244,13 @@ def usable(name):
         return name
     except Exception as error:  # whatever torch raises on a machine without it
         return pytest.param(name, marks=pytest.mark.skip(reason=f"no {name}: {str(error)[:60]}"))
+
+
+@pytest.mark.parametrize("name", ["cpu", usable("cuda")])
+def test_training_in_bf16_follows_training_in_fp32(name):
+    device = torch.device(name)
+    in_bf16, in_fp32 = list(losses(device, "bf16")), list(losses(device, "fp32"))
+    assert in_bf16 != in_fp32 and in_bf16 == pytest.approx(in_fp32, rel=0.03)
 
 
 @pytest.mark.parametrize("name", [usable("cuda"), usable("mps")])

@@ -191,7 +191,9 @@ def test_a_folder_that_holds_a_run_is_kept(trained, pictures):
     assert files(trained) == before
 
 
-@pytest.mark.parametrize("name", ["log.csv", "model.safetensors", "samples/step-001000.png"])
+@pytest.mark.parametrize(
+    "name", ["log.csv", "model.safetensors", "train_state.pt", "samples/step-001000.png"]
+)
 def test_what_is_left_of_a_run_is_kept_too(pictures, tmp_path, name):
     (tmp_path / "out" / "samples").mkdir(parents=True)
     (tmp_path / "out" / name).write_text("mine")
