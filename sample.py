@@ -260,11 +260,13 @@ def main(arguments=None):
     if directory and directory.exists() and (directory.is_file() or any(directory.iterdir())):
         raise UserError(f"{directory} is not empty: choose a new folder for --save-images")
 
-    # Which pictures: a row for each class; or, if there is just one of every class, a block.
+    # Which pictures: a row for each class; or, if there is just one of every class, or many of a
+    # single one, a block.
     chosen = chosen_classes(flags, model.class_names)
     per_class = flags.num_images or (4 if chosen else 1)
     class_ids = torch.tensor(chosen or range(model.num_classes)).repeat_interleave(per_class)
-    columns = per_class if chosen or per_class > 1 else None
+    in_rows = per_class <= 12 or per_class < len(class_ids)
+    columns = per_class if in_rows and (chosen or per_class > 1) else None
 
     # What is shown of each batch: its states for an animation, or else the last of them.
     shown = []

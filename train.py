@@ -280,13 +280,13 @@ def load_initial_weights(name, model):
     learned["class_embedding.weight"] = embeddings
     checkpoint.load_into(model, own | learned, f"--init-from: {name} is of another network")
 
-    for row, class_name in enumerate(trained.class_names):
-        if class_name in model.class_names:
-            embeddings[model.class_names.index(class_name)] = known[row]
+    kept = [class_name for class_name in model.class_names if class_name in trained.class_names]
+    rows = [model.class_names.index(class_name) for class_name in kept]
+    embeddings[rows] = known[[trained.class_names.index(class_name) for class_name in kept]]
     embeddings[-1] = known[-1]  # of the null class
-    kept = len(set(trained.class_names) & set(model.class_names))
     new = [layer for layer in own if layer not in learned]
-    print_once(f"{kept} of {model.num_classes} classes are known to {name}; new layers: {new}")
+    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}; new layers: {new}")
+    model.dataset += f", from a network of {trained.dataset}"
 
 
 # Settings: the constants, changed by a preset, by flags, or by the run that --resume continues.
@@ -393,7 +393,7 @@ def train(state, constants, init_from):
     def save(step):
         """Write the averaged weights, the page about them, and all that --resume needs."""
         state = {"settings": {name: globals()[name] for name in SETTINGS}, "constants": constants}
-        state |= {"class_names": class_names, "counts": counts}
+        state |= {"class_names": class_names, "counts": counts, "dataset": ema.dataset}
         state |= {"step": step, "seconds": time.perf_counter() - started, "log": rows}
         state |= {"loss_sum": loss_sum, "loss_count": loss_count, "ema": ema.state_dict()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

@@ -14,7 +14,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.hub import HUB_ID
 from support.settings import UserError, print_once
 
 import torch
@@ -85,7 +84,7 @@ def find_dataset(name):
     """The pictures of a folder, or of a data set on the Hub: {class name: its files}, a Counter of
     what is passed over, and a function that opens a file."""
     folder = Path(os.path.expanduser(name))
-    on_the_hub = re.fullmatch(HUB_ID, name) and not folder.exists()
+    on_the_hub = re.fullmatch(r"(?a)[\w-][\w.-]*/[\w.-]+", name) and not folder.exists()
     if on_the_hub:
         try:
             folder = Path(snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED))
@@ -99,12 +98,11 @@ def find_dataset(name):
     if on_the_hub and sum(path.suffix.lower() in PICTURES for path in folder.rglob("*")) < 10:
         return open_with_datasets(name)
     classes, passed_over = find_pictures(folder)
-    loose = list(classes) == [folder.resolve().name]
-    few = sum(map(len, classes.values())) < 10
-    if loose and few and passed_over.keys() & {".parquet", ".arrow"}:
-        return open_with_datasets(name)
-    if loose:  # on the Hub, the folder is called by a hash
-        classes = {Path(name).resolve().name: classes.popitem()[1]}
+    if list(classes) == [folder.resolve().name]:  # a single class, without a folder of its own
+        pictures = classes.popitem()[1]
+        if len(pictures) < 10 and passed_over.keys() & {".parquet", ".arrow"}:
+            return open_with_datasets(name)
+        classes = {Path(name).resolve().name: pictures}  # on the Hub, the folder's is a hash
     return classes, passed_over, Image.open
 
 

@@ -138,6 +138,7 @@ def restore_state(state, model, ema, optimizer, counts):
         old.update(new, params=weights)
     load_into(model, state["model"], "--resume: train_state.pt does not fit model.py")
     load_into(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
+    ema.dataset = state.get("dataset", ema.dataset)  # also says what it was started from
     load_into(optimizer, state["optimizer"], "--resume: other groups of weights")
 
 

@@ -1,11 +1,8 @@
-"""The Hub: its names, and the page that it shows of a trained network."""
+"""The page that the Hub shows of a trained network."""
 
-import math
 from pathlib import Path
 
 from support.checkpoint import write_beside
-
-HUB_ID = r"(?a)[\w-][\w.-]*/[\w.-]+"  # you/butterflies
 
 CARD = Path(__file__).with_name("card.md").read_text("utf-8")
 KEEP = "<!-- train.py rewrites this page"  # in the card: what lets train.py write it anew
@@ -18,7 +15,7 @@ def write_card(folder, network, training, rows):
     path = folder / "README.md"
     if path.exists() and KEEP not in path.read_text("utf-8", errors="replace"):
         return
-    if rows and not math.isnan(rows[-1]["val_loss"]):
+    if rows and rows[-1]["val_loss"] > 0:  # it is nan if no picture was held out
         training += f" (held-out loss: {rows[-1]['val_loss']:.4f})"
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     grids = sorted(folder.glob("samples/step-*.png"), key=lambda grid: (len(grid.name), grid.name))

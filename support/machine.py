@@ -63,8 +63,10 @@ def join_processes(device, batch_size):
             raise UserError(f"several processes cannot share {device} here: leave out torchrun")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Named, as without a name the group would have the accelerator's backend alone.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Named, as without a name the group would have the accelerator's backend alone. They wait
+        # for each other for up to a day: some may take longer to download or to read pictures.
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=48 * dist.constants.default_pg_timeout)
 
 
 def processes():

@@ -103,6 +103,7 @@ def limited(kind, lowest=-MANY, highest=MANY):
             raise argparse.ArgumentTypeError(problem)
         return kind(number(value))
 
+    within_limits.__name__ = kind.__name__  # argparse says: invalid int value
     return within_limits
 
 

@@ -174,13 +174,20 @@ def test_each_process_has_a_gpu_of_its_own_before_the_group_starts(fake_cuda, mo
         monkeypatch.setenv(name, value)
     asked = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(str(device)))
-    monkeypatch.setattr(dist, "init_process_group", asked.append)
+    waits = []
+
+    def init_process_group(backends, timeout):
+        asked.append(backends)
+        waits.append(timeout.total_seconds())
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
     for name in ("cuda", "cuda:0"):
         device = machine.pick_device(name)
         machine.join_processes(device, batch_size=8)
     machine.join_processes(CPU, batch_size=8)
     # Named, as without a name the group would have the accelerator's backend alone.
     assert asked == ["cuda:1", "cpu:gloo,cuda:nccl"] * 2 + ["gloo"]
+    assert min(waits) > 10 * 3600  # one may read its pictures for hours longer than another
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda"])

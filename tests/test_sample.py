@@ -41,6 +41,10 @@ def test_rows_are_classes_and_a_class_given_twice_has_one(trained, tmp_path):
     flags = ["--class-id", 2, 0, 2, "--num-images", 5, "--output", tmp_path / "rows.png"]
     call("sample", *flags, *FEW, cwd=trained)
     assert opened(tmp_path / "rows.png").size == (5 * 18 + 2, 2 * 18 + 2)
+    # A single class of many is no row of many pictures, but a block.
+    flags = ["--class-id", 2, "--num-images", 13, "--output", tmp_path / "block.png"]
+    call("sample", *flags, *FEW, cwd=trained)
+    assert opened(tmp_path / "block.png").size == (7 * 18 + 2, 2 * 18 + 2)
 
 
 def drawn(trained, *flags):
@@ -254,6 +258,7 @@ def test_class_names_cannot_write_outside_the_folder(tmp_path):
         ("--steps 0", ["--steps", "from 1"]),
         ("--cfg-scale nan", ["--cfg-scale", "no float"]),
         ("--eta 1.5", ["--eta", "0 to 1"]),
+        ("--steps many", ["--steps", "invalid int value"]),
         ("--seed 4294967296", ["--seed", "from 0 to 4294967295"]),
         ("--device abacus", ["abacus", "cpu"]),
         ("--output picture.jpg", ["picture.jpg", ".png"]),

@@ -271,6 +271,12 @@ def test_the_same_classes_begin_with_all_weights(trained, pictures, tmp_path):
     for name, tensor in DiT.from_pretrained(trained / "out").state_dict().items():
         torch.testing.assert_close(begun[name], tensor, atol=1e-7, rtol=1e-6)
 
+    # The page says where the weights came from, also after --resume.
+    call("train", "--resume", "--steps", 2, cwd=tmp_path)
+    origin = DiT.from_pretrained(trained / "out").dataset
+    assert DiT.from_pretrained(tmp_path / "out").dataset.endswith(f", from a network of {origin}")
+    assert f"from a network of {origin}: 3 classes" in (tmp_path / "out" / "README.md").read_text()
+
 
 def test_classes_of_the_same_name_and_the_null_class_keep_their_embeddings(trained, tmp_path):
     for name in ("moth", NAMES[2], NAMES[0]):
