@@ -271,7 +271,8 @@ def make_optimizer(network):
 def load_initial_weights(name, model):
     """Give `model` the weights of the trained network in a folder or at a Hub id. Of the class
     embeddings, it gets those of classes with the same name, and that of the null class. The others,
-    and layers that the trained network lacks, stay as they are. Raises UserError if sizes differ.
+    and layers that the trained network lacks, stay as they are. The model's `dataset` says where
+    the weights came from. Raises UserError if sizes differ.
     """
     trained = DiT.from_pretrained(name, strict=False)
     own = model.state_dict()

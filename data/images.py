@@ -102,7 +102,7 @@ def find_dataset(name):
         pictures = classes.popitem()[1]
         if len(pictures) < 10 and passed_over.keys() & {".parquet", ".arrow"}:
             return open_with_datasets(name)
-        classes = {Path(name).resolve().name: pictures}  # on the Hub, the folder's is a hash
+        classes = {Path(name).resolve().name: pictures}  # the Hub's folders have hashes as names
     return classes, passed_over, Image.open
 
 

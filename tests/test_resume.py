@@ -106,7 +106,10 @@ def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, na
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "update_ema", stopped)
+        # A shell lets "pytest &" ignore Ctrl-C, and the run would do so, too.
+        before = signal.signal(getattr(signal, name), signal.SIG_DFL)
         _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
+        signal.signal(getattr(signal, name), before)
     assert "stopped at step 5" in err and err.endswith("--resume --out-dir=out\n")
     assert state(tmp_path / "out")["step"] == 5
     call("train", "--resume", cwd=tmp_path)
