@@ -57,7 +57,7 @@ HEADS = 6  # attention heads in each block
 CONV_DIM = 64  # channels of convolutions around the blocks, for finer detail; 0 for a plain DiT
 
 # --- optimizer ---
-STEPS = 25000  # optimizer steps of the whole run
+STEPS = 25000  # optimizer steps of the whole run, over which the learning rate rises and falls
 BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
@@ -285,8 +285,8 @@ def load_initial_weights(name, model):
     rows = [model.class_names.index(class_name) for class_name in kept]
     embeddings[rows] = known[[trained.class_names.index(class_name) for class_name in kept]]
     embeddings[-1] = known[-1]  # of the null class
-    new = [layer for layer in own if layer not in learned]
-    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}; new layers: {new}")
+    new = "".join(f"; new weights: {layer}" for layer in own if layer not in learned)
+    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}{new}")
     model.dataset += f", from a network of {trained.dataset}"
 
 
@@ -375,8 +375,6 @@ def train(state, constants, init_from):
     loss_sum, loss_count = torch.zeros((), device=device), 0  # since the last row
     counts = labels.bincount().tolist()  # pictures in each class
     if state:
-        if state["settings"]["STEPS"] != STEPS:
-            print_once(f"the run has {STEPS} steps now, and so another learning rate from here on")
         checkpoint.restore_state(state, model, ema, optimizer, counts)
         steps_done, seconds_before, rows = state["step"], state["seconds"], state["log"]
         loss_sum, loss_count = state["loss_sum"].to(device), state["loss_count"]
@@ -465,14 +463,18 @@ def train(state, constants, init_from):
                     checkpoint.write_log(out / "log.csv", rows)
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
                     bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
-                    if row["val_loss"] > 1.02 * min(old["val_loss"] for old in rows):
-                        bar.write("held out rises: learned by heart, or too high a learning rate")
+                    losses = [old["val_loss"] for old in rows]
+                    if losses[-1] > 1.02 * min(losses) >= losses[-2]:
+                        bar.write("held out rises: more steps make copies; more pictures help")
 
-            # Sample from the averaged weights: always the same classes, and the same noise.
+            # Sample from the averaged weights, always with the same noise: a picture of each class,
+            # or rows of eight if there are few.
             if master and drawing:
-                pictures = [*sample.generate(ema, range(len(class_names))[:75], SEED)]
+                columns = 8 if len(class_names) < 10 else None
+                class_ids = torch.arange(len(class_names))[:75].repeat_interleave(columns or 1)
+                pictures = [*sample.generate(ema, class_ids, SEED)]
                 path = out / "samples" / f"step-{step:06}.png"
-                checkpoint.save_picture(sample.to_grid(torch.cat(pictures)), path)
+                checkpoint.save_picture(sample.to_grid(torch.cat(pictures), columns), path)
 
             if master and saving:
                 save(step)
@@ -486,8 +488,7 @@ def train(state, constants, init_from):
     if stop:
         print_once(f"stopped at step {step}, and saved; to go on: {resume}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else 15))  # 15: SIGTERM, of another process
-    if master:
-        print(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes: see {out}")
+    print_once(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes in all: see {out}")
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def resumed_settings(state, constants, flags, fixed, out):
     for name in fixed:
         if name in saved and changed[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
-    for name in sorted(edited.keys() - flags.keys()):
-        print_once(f"{name} was edited: it is {edited[name]!r} now, not {saved.get(name)!r}")
+    for name in sorted(n for n, value in changed.items() if value != saved.get(n)):
+        print_once(f"from here on, {name} is {changed[name]!r}, not {saved.get(name)!r}")
     return changed
 
 

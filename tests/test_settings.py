@@ -367,9 +367,10 @@ def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, tra
     more = ["BATCH_SIZE = 32 ", "BATCH_SIZE = 16 "]  # the run had 8, by a flag
     use(edited(tmp_path, "train.py", *EDITS.items(), more))
     out, _ = call("train", "--resume", "--steps", 31, "--label-drop", 0.3, cwd=tmp_path)
-    assert "LEARNING_RATE was edited: it is 0.001 now, not 0.002" in out
-    assert "BATCH_SIZE was edited: it is 16 now, not 8" in out
-    assert out.count("was edited") == 2  # a flag wins
+    assert "from here on, LEARNING_RATE is 0.001, not 0.002" in out
+    assert "from here on, BATCH_SIZE is 16, not 8" in out
+    assert "from here on, LABEL_DROP is 0.3, not 0.1" in out  # a flag wins
+    assert out.count("from here on") == 4  # with STEPS
     saved = saved_settings(tmp_path)
     assert [saved[name] for name in ("LEARNING_RATE", "LABEL_DROP", "BATCH_SIZE")] == [
         1e-3,
@@ -377,7 +378,8 @@ def test_a_constant_edited_since_the_run_began_counts_once_and_is_named(use, tra
         16,
     ]
     out, _ = call("train", "--resume", "--steps", 32, "--learning-rate", 5e-4, cwd=tmp_path)
-    assert "was edited" not in out and saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
+    assert out.count("from here on") == 2  # the edit counted once; STEPS and the rate are flags
+    assert saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
     call("train", "--resume", "--steps", 33, cwd=tmp_path)
     assert saved_settings(tmp_path)["LEARNING_RATE"] == 5e-4
 
@@ -390,7 +392,7 @@ def test_a_constant_that_came_since_the_run_began_is_named(use, trained, tmp_pat
     ]
     use(edited(tmp_path, "train.py", *renamed))
     out, _ = call("train", "--resume", "--steps", 31, cwd=tmp_path)
-    assert "T_MIDDLE was edited: it is 0.5 now, not None" in out
+    assert "from here on, T_MIDDLE is 0.5, not None" in out
 
 
 @pytest.mark.parametrize("name, line", [("DIM", "DIM = 192"), ("SEED", "SEED = 0")])

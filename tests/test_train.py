@@ -57,7 +57,7 @@ def test_grids_show_the_same_classes_from_the_same_noise(trained, pictures, tmp_
     samples = trained / "out" / "samples"
     names = sorted(path.name for path in samples.iterdir())
     assert names == ["step-000015.png", "step-000030.png"]
-    assert opened(samples / names[0]).size == (3 * 18 + 2, 18 + 2)  # a picture of each class
+    assert opened(samples / names[0]).size == (8 * 18 + 2, 3 * 18 + 2)  # eight of each class
     still = [*FEW, "--dataset", pictures, "--learning-rate", 0, "--steps", 4, "--sample-every", 2]
     call("train", *still, cwd=tmp_path)
     first, second = (tmp_path / "out" / "samples").iterdir()
@@ -76,14 +76,16 @@ def test_the_start_says_what_will_run(pictures, tmp_path):
 
 
 def test_of_many_classes_some_names_are_said_and_few_pictures_are_all_trained_on(tmp_path):
-    for name in "abcdefgh":
+    for name in "abcdefghij":
         save(solid(), tmp_path / "many" / name / "1.png")
     out, _ = call("train", *FEW, "--dataset", "many", "--steps", 2, cwd=tmp_path)
-    assert "8 classes, such as a, b, c, d, e, f\n" in out
-    assert "8 pictures, 0 of them held out" in out and "held out nan, seen" in out
+    assert "10 classes, such as a, b, c, d, e, f\n" in out
+    assert "10 pictures, 0 of them held out" in out and "held out nan, seen" in out
     (row,) = rows(tmp_path / "out")
     assert row["val_loss"] == row["val_0.5"] == "nan" and float(row["seen_loss"]) > 0
     assert "held-out" not in (tmp_path / "out" / "README.md").read_text()
+    grid = tmp_path / "out" / "samples" / "step-000002.png"
+    assert opened(grid).size == (6 * 18 + 2, 2 * 18 + 2)  # one of each class
 
 
 @pytest.mark.parametrize("n, extra", [(4, []), (1, []), (3, ["--flip-share", 0])])
@@ -266,7 +268,7 @@ STILL = [*FEW, "--steps", 1, "--learning-rate", 0]  # the weights stay as they b
 def test_the_same_classes_begin_with_all_weights(trained, pictures, tmp_path):
     run = [*STILL, "--dataset", pictures, "--init-from", trained / "out"]
     out, _ = call("train", *run, cwd=tmp_path)
-    assert "3 of 3 classes are known to" in out
+    assert f"3 of 3 classes are known to {trained / 'out'}\n" in out  # and no weights are new
     begun = DiT.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in DiT.from_pretrained(trained / "out").state_dict().items():
         torch.testing.assert_close(begun[name], tensor, atol=1e-7, rtol=1e-6)
@@ -316,7 +318,8 @@ def test_layers_that_the_trained_network_lacks_stay_as_they_are_and_are_named(
     train.load_initial_weights(tmp_path / "model", model)
     out = capsys.readouterr().out
     assert "3 of 3 classes are known" in out
-    assert "['blocks.0.attention.qkv.weight', 'lora.weight', 'lora.bias']" in out
+    for name in ("blocks.0.attention.qkv.weight", "lora.weight", "lora.bias"):
+        assert f"; new weights: {name}" in out
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
