@@ -488,7 +488,7 @@ def train(state, constants, init_from):
     if stop:
         print_once(f"stopped at step {step}, and saved; to go on: {resume}", file=sys.stderr)
         sys.exit(128 + (signals[0] if signals else 15))  # 15: SIGTERM, of another process
-    print_once(f"trained in {(time.perf_counter() - started) / 60:.1f} minutes in all: see {out}")
+    print_once(f"trained for {(time.perf_counter() - started) / 60:.1f} minutes in all: see {out}")
 
 
 if __name__ == "__main__":

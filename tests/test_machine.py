@@ -418,7 +418,7 @@ def test_the_first_call_of_a_compiled_network_leaves_no_trace(compiler, capsys):
 def test_a_cache_that_cannot_be_written_is_a_warning(compiled, compiler, tmp_path):
     (tmp_path / "cache").write_text("a file in its place")
     out, err = call("train", *compiled, 2, cwd=tmp_path)
-    assert "trained in" in out and err.count("--compile off") == 1
+    assert "trained for" in out and err.count("--compile off") == 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])

@@ -33,7 +33,7 @@ def test_three_processes_train_as_one(pictures, tmp_path):
     run = [*SMALL, "--dataset", pictures, *EVERY, "--steps", 16]  # batches of 8 are 3 + 3 + 2
     call("train", *run, "--out-dir", "alone", cwd=tmp_path)
     out, _ = call("train", *run, "--accumulate", 2, cwd=tmp_path, processes=3)
-    assert out.count("M parameters") == out.count("trained in") == 1
+    assert out.count("M parameters") == out.count("trained for") == 1
     assert_same_training(tmp_path / "alone", tmp_path / "out")
 
 
