@@ -114,7 +114,7 @@ def resumed_settings(state, constants, flags, fixed, out):
     raised. constants: those of train.py now."""
     saved = {name: value for name, value in state["settings"].items() if name in constants}
     edited = {n: value for n, value in constants.items() if value != state["constants"].get(n)}
-    changed = {**saved, **edited, **flags}
+    changed = {**saved, **edited, **flags, "OUT_DIR": str(out)}
     for name in fixed:
         if name in saved and changed[name] != saved[name]:
             raise UserError(f"--resume: {name} is {saved[name]} in {out}, not {changed[name]}")
