@@ -282,10 +282,11 @@ def load_initial_weights(name, model):
     checkpoint.load_into(model, own | learned, f"--init-from: {name} is of another network")
 
     kept = [class_name for class_name in model.class_names if class_name in trained.class_names]
-    rows = [model.class_names.index(class_name) for class_name in kept]
-    embeddings[rows] = known[[trained.class_names.index(class_name) for class_name in kept]]
+    for label in kept:  # one row at a time: by a list of rows, a GPU takes nothing from the CPU
+        embeddings[model.class_names.index(label)] = known[trained.class_names.index(label)]
     embeddings[-1] = known[-1]  # of the null class
-    new = "".join(f"; new weights: {layer}" for layer in own if layer not in learned)
+    new = ", ".join(layer for layer in own if layer not in learned)
+    new = new and f"; new weights: {new}"
     print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}{new}")
     model.dataset += f", from a network of {trained.dataset}"
 

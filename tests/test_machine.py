@@ -131,6 +131,16 @@ def test_on_cuda_samples_and_validation_stay_on_it(fake_cuda):
     assert train.losses_at((0.5, 1), model, images, y, torch.arange(4)) == [0.0, 0.0]
 
 
+def test_a_network_on_cuda_gets_initial_weights(fake_cuda, monkeypatch):
+    trained = small_model()  # on the CPU, as all that comes from a file; which no fake tensor does
+    trained.lacking = []
+    monkeypatch.setattr(DiT, "from_pretrained", lambda name, strict: trained)
+    with CUDA:
+        model = small_model()
+    train.load_initial_weights("a network", model)
+    assert {weight.device.type for weight in model.parameters()} == {"cuda"}
+
+
 def test_what_is_small_and_the_noise_of_samples_are_drawn_on_the_cpu(monkeypatch):
     # Generators of CUDA differ between cards, and MPS has its own.
     drawn, model = [], small_model()
@@ -156,7 +166,7 @@ def test_what_is_small_and_the_noise_of_samples_are_drawn_on_the_cpu(monkeypatch
 def test_devices_that_are_not_here_are_refused(monkeypatch):
     assert machine.pick_device("cpu") == CPU
     for name in ("cuda:77", "abacus", "", "cuda:x"):
-        with pytest.raises(UserError, match=f'DEVICE "{name}"'):
+        with pytest.raises(UserError, match=rf'DEVICE "{name}": .* \(\w'):  # and why
             machine.pick_device(name)
     # The last one is a GPU that is there and cannot be used.
     for accelerator, found in ((None, "cpu"), ("meta", "meta"), ("cuda:77", "cpu")):
