@@ -233,7 +233,7 @@ def free_path(class_ids, seed):
     samples/class-3-seed-0-2.png and so on."""
     stem = f"class-{'-'.join(map(str, class_ids))[:80] or 'all'}-seed-{seed}"
     path, numbers = Path("samples", f"{stem}.png"), itertools.count(2)
-    while path.exists():
+    while path.exists() or path.with_suffix(".gif").exists():
         path = path.with_name(f"{stem}-{next(numbers)}.png")
     return path
 

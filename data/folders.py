@@ -25,6 +25,7 @@ from support.settings import UserError, print_once
 
 from PIL import Image
 
+csv.field_size_limit(2**31 - 1)  # a cell may hold more than Python's 131,072 characters
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 # Pillow knows of some only that they are. Those of iPhones need a plug-in.
 PICTURES = PICTURES - set(".bufr .grib .h5 .hdf .mpeg .mpg".split()) | {".heic", ".heif"}

@@ -132,10 +132,8 @@ def restore_state(state, model, ema, optimizer, counts):
     if counts != state["counts"]:
         print_once("the pictures have changed since the run began: others are held out now")
     # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
-    for old, new in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
-        weights = old["params"]
-        old.clear()
-        old.update(new, params=weights)
+    groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups)
+    state["optimizer"]["param_groups"] = [{**new, "params": old["params"]} for old, new in groups]
     load_into(model, state["model"], "--resume: train_state.pt does not fit model.py")
     load_into(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
     ema.dataset = state.get("dataset", ema.dataset)  # also says what it was started from

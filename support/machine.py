@@ -22,9 +22,11 @@ def pick_device(name):
     for device in (gpu, *instead) if name == "auto" else (name,):
         if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        with contextlib.suppress(Exception):  # which one depends on how torch was built
+        try:
             return torch.zeros(1, device=device).device
-    raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu')
+        except Exception as error:  # which one depends on how torch was built
+            problem = error
+    raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu ({problem})')
 
 
 def to_device(tensors, device):

@@ -9,7 +9,6 @@ import re
 import sys
 from pathlib import Path
 
-MANY = 10**12
 MAX_SEED = 2**32 - 1  # of torch's generator on a CPU, which would take 2**32 for 0
 
 CHOICES = {"PRECISION": ("auto", "bf16", "fp32"), "COMPILE": ("auto", "on", "off")}
@@ -93,7 +92,7 @@ def number(value):
     return int(value) if value.is_integer() else value
 
 
-def limited(kind, lowest=-MANY, highest=MANY):
+def limited(kind, lowest=-(10**12), highest=10**12):
     """A function that returns a number as one of the kind int or float. It raises ArgumentTypeError
     if it is not from lowest to highest or, for int, not whole. argparse takes it as a type."""
 

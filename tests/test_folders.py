@@ -289,6 +289,7 @@ BESIDE = [
     ("boxes.csv", "file,x,y\n0.png,5,6\n1.png,5,6\n"),  # no labels
     ("species.csv", "label,size\nfish,5\nstar,6\n"),  # no pictures
     ("broken.csv", "file,label\n\0\udcff"),
+    ("quotes.csv", 'file,words\n0.png,"not closed\n' + "1.png,and so on\n" * 10_000),
     ("test_labels.csv", "file,label\n0.png,a\n2.png,a\n"),
     ("classes.json", '{"fish": 0, "star": 1}'),
     ("ids.json", '{"0": "fish", "1": "star"}'),

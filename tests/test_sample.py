@@ -155,6 +155,8 @@ def test_no_grid_overwrites_another(trained, tmp_path):
     stems = [Path(path).stem for path in paths]
     assert stems == ["class-2-seed-0", "class-2-seed-0-2", "class-2-seed-0-3"]
     assert len(list((tmp_path / "samples").iterdir())) == 6
+    (tmp_path / "samples/class-2-seed-0.png").unlink()  # moved away, but for its animation
+    assert "class-2-seed-0-4.png" in call(*command, "--gif", cwd=tmp_path)[0]
     many = sample.free_path(range(500), seed=2**32 - 1)  # more than a file's name can list
     assert len(many.name) < 130
 
