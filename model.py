@@ -185,11 +185,13 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         # U-Net, from the features. Stem and head see cells of 2 x 2 pixels, which is faster.
         self.stem = self.head = None
         self.patch_cells = patch_size  # cells along a side of a patch: pixels, in a plain DiT
-        patch_dim = 3 * patch_size**2  # numbers in a patch
+        # Numbers in a patch, of 3 channels; if you have others, sample.generate_states also needs
+        # to know.
+        patch_dim = 3 * patch_size**2
         if conv_dim > 0:
             self.patch_cells = patch_size // 2
             patch_dim = conv_dim * self.patch_cells**2
-            self.stem = ConvNet(dim, [12, conv_dim, conv_dim])  # 12 numbers in 2 x 2 RGB pixels
+            self.stem = ConvNet(dim, [12, conv_dim, conv_dim])  # a cell has 2 x 2 x 3 numbers
             self.head = ConvNet(dim, [2 * conv_dim, conv_dim, conv_dim, 12])
 
         self.patch_embedding = nn.Linear(patch_dim, dim)
@@ -249,7 +251,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
         # x (B, 3, S, S) is now the predicted clean picture. On the line from x to eps, z_t - x =
         # t (eps - x) = t v. The division is by the true t, so that the last Euler step, of length
-        # t, ends at the predicted x.
+        # t, ends at the predicted x. (To predict v instead, return x.float(). To predict eps, mind
+        # that v = (eps - z_t) / (1 - t) has no value at t = 1, where sampling begins.)
         return (z.float() - x.float()) / t.float()[:, None, None, None]
 
     # A trained network in a folder, or on the Hub: what save_pretrained("mine") or, by the mixin,
@@ -258,7 +261,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     def save_pretrained(self, save_directory, **options):
         """Write config.json, model.safetensors and a README.md into a folder: see the mixin. Of the
         arguments, class_names, dataset and cfg_scale may have been changed since."""
-        changed = {name: getattr(self, name) for name in ("class_names", "dataset", "cfg_scale")}
+        names = self._hub_mixin_config.keys() & {"class_names", "dataset", "cfg_scale"}
+        changed = {name: getattr(self, name) for name in names}
         options["config"] = options.get("config") or {**self._hub_mixin_config, **changed}
         return super().save_pretrained(save_directory, **options)
 

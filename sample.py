@@ -46,9 +46,10 @@ def guided(model, class_ids, cfg_scale):
         v = v_null + w (v_class - v_null)    w = cfg_scale
 
     model: any callable (z, t, y) -> v that has num_classes, the id of the null class.
-    class_ids: (B,) int64. z: (B,3,S,S); t: (B,). w = 0 ignores the class, w = 1 is the velocity as
-    it was learned. The network runs once at each call, on 2B pictures (B if w = 1). After Ho &
-    Salimans 2022, arXiv 2207.12598, whose w is ours minus 1.
+    class_ids: (B,) int64. z: (B,3,S,S); t: (B,) in (0, 1], as a DiT divides by it. w = 0 ignores
+    the class, w = 1 is the velocity as it was learned. The network runs once at each call, on 2B
+    pictures (B if w = 1). Gradients are kept: a solver of your own runs it in torch.no_grad(), as
+    euler_states does. After Ho & Salimans 2022, arXiv 2207.12598, whose w is ours minus 1.
     """
     class_ids = torch.as_tensor(class_ids)
 
@@ -56,7 +57,8 @@ def guided(model, class_ids, cfg_scale):
         y = class_ids.to(z.device)
         if cfg_scale == 1:
             return model(z, t, y)
-        # With and without the class in one batch, which is faster than two calls.
+        # With and without the class in one batch, which is faster than two calls. (Another condition
+        # than a class needs its own "none" here, and in train.random_batch.)
         y_null = torch.full_like(y, model.num_classes)
         v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
         v_class, v_null = v_both.chunk(2)

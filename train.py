@@ -62,7 +62,7 @@ BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
-LABEL_DROP = 0.1  # label dropout: share of labels replaced by the null class, for guidance
+LABEL_DROP = 0.1  # label dropout: share given the null class, for guidance; if 0, CFG_SCALE is 1
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
 
 # --- sampling ---
@@ -182,7 +182,7 @@ def losses_at(times, model, images, labels, ids):
     totals = torch.zeros(len(times), device=device)
     for start in range(0, len(ids), BATCH_SIZE):
         chosen = ids[start : start + BATCH_SIZE]
-        x = images[chosen].float() / 127.5 - 1
+        x = images[chosen].float() / 127.5 - 1  # as in random_batch
         randn_like = sample.randn_like_of_places(0, range(start, start + len(x)))
         for number, time_value in enumerate(times):
             t = torch.full((len(x),), time_value)
@@ -263,7 +263,9 @@ def make_network(class_names, dataset=""):
 
 
 def make_optimizer(network):
-    """AdamW without weight decay. The schedule multiplies the learning rate of each group."""
+    """AdamW without weight decay. The schedule multiplies the learning rate of each group. If you
+    need two optimizers, wrap them in one: with param_groups, and a state_dict that has them, too.
+    """
     options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
     return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, **options)
 

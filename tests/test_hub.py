@@ -277,6 +277,7 @@ def cifar(serve, tmp_path, monkeypatch):
         columns = {"img": [solid()] * count, "label": [n % 3 for n in range(count)]}
         table = datasets.Dataset.from_dict(columns, datasets.Features(features))
         table.to_parquet(tmp_path / "repository" / f"{split}-00000-of-00001.parquet")
+    save(solid(), tmp_path / "repository" / "banner.png")  # of its description
     hub = serve({"datasets/you/cifar": tmp_path / "repository"})
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))

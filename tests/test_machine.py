@@ -116,14 +116,39 @@ def test_a_training_step_on_cuda_has_the_dtypes_that_are_meant(fake_cuda, monkey
         assert record.taken[name] == {torch.float32}, name
 
 
+def test_whole_training_steps_stay_on_cuda(fake_cuda, monkeypatch):
+    generator, asked = torch.Generator, set()
+
+    def recorded(device="cpu"):
+        asked.add(torch.device(device).type)
+        return generator()
+
+    def backward(loss):  # the real one needs a driver
+        assert loss.device.type == "cuda"
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+
+    monkeypatch.setattr(torch, "Generator", recorded)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(train, "STEPS", 2)
+    with CUDA:
+        model, ema = small_model(), small_model().requires_grad_(False)
+    data = torch.zeros(9, 3, 16, 16, dtype=torch.uint8), torch.arange(9) % 2, torch.arange(9)
+    steps = list(train.training_steps(model, ema, train.make_optimizer(model), *data))
+    assert [step for step, *_ in steps] == [1, 2] and asked == {"cpu", "cuda"}
+    assert {tensor.device.type for _, *tensors in steps for tensor in tensors} == {"cuda"}
+
+
 def test_on_cuda_samples_and_validation_stay_on_it(fake_cuda):
     with CUDA:
         model = small_model()
     x, y, t, _ = small_batch()
     with pytest.raises(RuntimeError):
         model(x.to(CUDA), t.to(CUDA), y)  # a mismatch of devices would be seen
-    (states,) = sample.generate_states(model, y, steps=2, eta=1)
-    states = list(states)
+    with Record() as record:
+        (states,) = sample.generate_states(model, y, steps=2, eta=1)
+        states = list(states)
+    assert record.taken["addmm"] == {torch.bfloat16}
     assert {(z.device.type, z.dtype) for z in states} == {("cuda", torch.float32)}
     (pictures,) = sample.generate(model, y, steps=2)
     assert pictures.device.type == "cpu" and pictures.dtype == torch.uint8

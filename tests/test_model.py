@@ -204,6 +204,17 @@ print(*sorted(name for name in sys.modules if name in ("support", "sample", "tra
 """
 
 
+def test_a_network_of_other_arguments_is_saved_and_loaded(tmp_path):
+    class Own(DiT):
+        def __init__(self, class_names):
+            super().__init__(16, 4, 16, 1, 2, class_names)
+
+    model = Own(["a"])
+    model.class_names = ["b"]
+    model.save_pretrained(tmp_path)
+    assert Own.from_pretrained(tmp_path).class_names == ["b"]
+
+
 def test_alone_in_an_empty_folder_it_builds_trains_saves_and_loads(tmp_path):
     shutil.copy(ROOT / "model.py", tmp_path)
     command = [sys.executable, "-c", ALONE]

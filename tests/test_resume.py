@@ -240,13 +240,15 @@ def test_what_may_change_on_resume_does(trained, tmp_path):
     out = copied(trained, tmp_path)
     (out / "log.csv").unlink()  # its rows are in the state, too
     more = ["--steps", 34, "--learning-rate", 3e-4, "--eval-every", 2, "--checkpoint-every", 3]
+    more += ["--cfg-scale", 5]
     said, err = call("train", "--resume", *more, "--dim", 16, "--out-dir", "out/", cwd=tmp_path)
+    assert DiT.from_pretrained(out).cfg_scale == 5
     assert err.split("%")[0].strip() == "88"  # the bar goes on from 30 of 34 steps
     assert [row["step"] for row in rows(out)] == ["10", "20", "30", "32", "34"]
     settings = state(out)["settings"]
     assert settings["LEARNING_RATE"] == 3e-4 and settings["STEPS"] == 34
     assert "from here on, STEPS is 34, not 30\n" in said
-    assert said.count("from here on") == 4  # not DIM and OUT_DIR, as they were
+    assert said.count("from here on") == 5  # not DIM and OUT_DIR, as they were
 
 
 def test_a_held_out_loss_above_its_best_is_said(trained, tmp_path):

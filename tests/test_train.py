@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -137,6 +137,34 @@ def test_the_pictures_are_never_copied(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "samples" / "step-000003.png").exists()
 
 
+def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path, monkeypatch):
+    for n in range(20):  # of a single class the first is held out: the only one that is white
+        save(solid("L", 255 * (n == 0)), tmp_path / "d" / f"{n:02}.png")
+    seen = set()
+
+    def own(model, x, *others):
+        seen.update((model.training, value) for value in x.amax((1, 2, 3)).tolist())
+        return rectified_flow_loss(model, x, *others)
+
+    monkeypatch.setattr(train, "rectified_flow_loss", own)
+    call("train", *FEW, "--dataset", "d", "--steps", 30, cwd=tmp_path)
+    assert seen == {(True, -1), (False, -1), (False, 1)}
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_run_has_the_precision_that_it_is_told(pictures, tmp_path, monkeypatch, precision, dtype):
+    dtypes = set()
+
+    def own(model, x, y, t, noise):
+        features = model.patch_embedding(torch.zeros(1, 48))
+        dtypes.add((model.training, features.dtype))
+        return rectified_flow_loss(model, x, y, t, noise)
+
+    monkeypatch.setattr(train, "rectified_flow_loss", own)
+    call("train", *FEW, "--precision", precision, "--dataset", pictures, "--steps", 1, cwd=tmp_path)
+    assert dtypes == {(True, dtype), (False, dtype)}
+
+
 def test_a_seed_may_be_as_large_as_a_generator_tells_apart(pictures, tmp_path):
     run = [*FEW, "--dataset", pictures, "--steps", 2, "--seed", 2**32 - 1]
     call("train", *run, cwd=tmp_path)
@@ -145,19 +173,23 @@ def test_a_seed_may_be_as_large_as_a_generator_tells_apart(pictures, tmp_path):
 
 
 def test_the_speed_in_the_log_is_of_training_alone(pictures, tmp_path, monkeypatch):
-    generate = sample.generate
+    generate, now = sample.generate, [0.0]  # a clock of seconds
 
     def slow(*arguments, **options):
-        time.sleep(0.5)
+        now[0] += 100
         return generate(*arguments, **options)
 
-    run = [*FEW, "--dataset", pictures, "--steps", 40, "--eval-every", 20]
-    call("train", *run, "--sample-every", 40, "--out-dir", "few", cwd=tmp_path)
+    def step(*arguments):
+        now[0] += 1
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sample, "generate", slow)
-    call("train", *run, "--sample-every", 5, "--checkpoint-every", 5, cwd=tmp_path)
-    speeds = [float(rows(tmp_path / name)[-1]["images_per_second"]) for name in ("out", "few")]
-    assert speeds[0] > 2 * 4 * 20 / (3 * 0.5)  # with three grids between the rows
-    assert float(rows(tmp_path / "out")[-1]["seconds"]) > 7 * 0.5
+    monkeypatch.setattr(train, "update_ema", step)
+    run = [*FEW, "--dataset", pictures, "--steps", 40, "--eval-every", 20, "--sample-every", 5]
+    call("train", *run, cwd=tmp_path)
+    log = rows(tmp_path / "out")
+    assert [float(row["images_per_second"]) for row in log] == [4, 4]
+    assert [float(row["seconds"]) for row in log] == [20 + 3 * 100, 40 + 7 * 100]
 
 
 def test_a_loss_that_is_not_finite_stops_when_the_log_looks(pictures, tmp_path):
@@ -237,6 +269,20 @@ def test_a_disk_without_locks_is_a_warning(pictures, tmp_path, monkeypatch, erro
     assert (tmp_path / "out" / "train_state.pt").exists()
 
 
+def test_weights_that_another_program_holds_open_end_the_run(trained, tmp_path, monkeypatch):
+    replace, out = Path.replace, shutil.copytree(trained / "out", tmp_path / "out")
+
+    def of_windows(self, target):
+        if target.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", of_windows)
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    _, err = call("train", "--resume", "--steps", 40, cwd=tmp_path, status=2)
+    assert "model.safetensors is open in another program" in err and state(out)["step"] == 30
+
+
 def test_a_log_that_a_spreadsheet_holds_open_does_not_end_the_run(pictures, tmp_path, monkeypatch):
     replace, held = Path.replace, []
 
@@ -250,7 +296,7 @@ def test_a_log_that_a_spreadsheet_holds_open_does_not_end_the_run(pictures, tmp_
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     run = [*FEW, "--dataset", pictures, "--steps", 6, "--eval-every", 2]
     _, err = call("train", *run, cwd=tmp_path)
-    assert err.count("warning: out/log.csv is open in another program") == 2
+    assert err.count(f"warning: {Path('out/log.csv')} is open in another program") == 2
     assert [row["step"] for row in rows(tmp_path / "out")] == ["2", "4", "6"]
     assert not list((tmp_path / "out").glob(".writing*"))
 
