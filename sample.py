@@ -57,8 +57,8 @@ def guided(model, class_ids, cfg_scale):
         y = class_ids.to(z.device)
         if cfg_scale == 1:
             return model(z, t, y)
-        # With and without the class in one batch, which is faster than two calls. (Another condition
-        # than a class needs its own "none" here, and in train.random_batch.)
+        # With and without the class in one batch, which is faster than two calls. (A condition that
+        # is no class needs a "none" of its own, here and in train.random_batch.)
         y_null = torch.full_like(y, model.num_classes)
         v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
         v_class, v_null = v_both.chunk(2)
