@@ -77,6 +77,15 @@ def test_every_t_of_a_log_is_drawn(tmp_path, log):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
 
 
+def test_networks_beside_each_other_are_drawn_in_three_panels(tmp_path):
+    pytest.importorskip("matplotlib")
+    call("experiments.beside", "--output", "beside.png", cwd=tmp_path)
+    figure = opened(tmp_path / "beside.png")
+    for n in range(3):
+        panel = figure.crop((figure.width * n // 3, 0, figure.width * (n + 1) // 3, figure.height))
+        assert {(31, 119, 180), (255, 127, 14)} <= {c for _, c in panel.getcolors(1 << 24)}
+
+
 MISSING = {
     "matplotlib": plot_loss.pyplot,
     "efficientnet_lite_pytorch": score.imagenet_network.__wrapped__,  # without its cache
