@@ -327,6 +327,26 @@ def test_the_schedule_is_a_factor_on_the_rate_of_each_group(pictures, tmp_path, 
     assert rates == [[0.02, 0.0002]] * 2
 
 
+@pytest.mark.parametrize("clip", [0.01, 0])
+def test_the_gradient_is_clipped_and_zero_is_no_limit(pictures, tmp_path, monkeypatch, clip):
+    norms = []
+
+    def note(optimizer, *_):
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        norms.append(torch.cat([w.grad.flatten() for w in weights]).norm().item())
+
+    def recorded(*arguments, **options):
+        optimizer = ADAMW(*arguments, **options)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(torch.optim, "AdamW", recorded)
+    run = [*FEW, "--dataset", pictures, "--steps", 3, "--grad-clip", clip]
+    call("train", *run, cwd=tmp_path)
+    assert len(norms) == 3
+    assert max(norms) == pytest.approx(0.01, rel=1e-3) if clip else min(norms) > 0.01
+
+
 def test_a_loss_that_draws_at_random_resumes_bit_for_bit(pictures, tmp_path, monkeypatch):
     def own(model, x, y, t, noise):
         loss = train.F.mse_loss(model(train.F.dropout(x), t, y), noise - x)
