@@ -10,29 +10,26 @@ otherwise than a CPU: more by pictures seen. Needs matplotlib.
 import itertools
 from pathlib import Path
 
-from support.settings import UserError, new_parser, png_path, run_command
+from support.settings import new_parser, png_path, run_command
 
 from experiments.plot_loss import column, pyplot, read_log, save_figure
 
-PANELS = {"minutes": "minutes", "images": "thousand pictures seen", "tflop": "TFLOP"}
+PANELS = ("minutes", "thousand pictures seen", "TFLOP")  # columns of the file
 
 
-def main(arguments=None):
+def main():
     parser = new_parser(__doc__)
     parser.add_argument("--output", type=png_path, default=Path("experiments/beside.png"))
-    output = parser.parse_args(arguments).output
+    output = parser.parse_args().output
     rows = read_log(Path(__file__).with_name("beside.csv"))
-    if not rows:
-        raise UserError("experiments/beside.csv is missing, or empty")
     plt = pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for name, group in itertools.groupby(rows, lambda row: row["network"]):
         group = list(group)
-        for axes, (what, label) in zip(panels, PANELS.items()):
-            amounts = [x / 1000 if what == "images" else x for x in column(group, what)]
-            axes.plot(amounts, column(group, "kid"), marker=".", label=name)
-            axes.set_xlabel(label)
-    for axes in panels:
+        for axes, what in zip(panels, PANELS):
+            axes.plot(column(group, what), column(group, "KID"), marker=".", label=name)
+    for axes, what in zip(panels, PANELS):
+        axes.set_xlabel(what)
         axes.set_xlim(left=0)
     panels[0].set_ylabel("KID (lower is better)")
     panels[0].legend()
