@@ -287,9 +287,8 @@ def load_initial_weights(name, model):
     for label in kept:  # one row at a time: by a list of rows, a GPU takes nothing from the CPU
         embeddings[model.class_names.index(label)] = known[trained.class_names.index(label)]
     embeddings[-1] = known[-1]  # of the null class
-    new = ", ".join(layer for layer in own if layer not in learned)
-    new = new and f"; new weights: {new}"
-    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}{new}")
+    new = ", ".join(layer for layer in own if layer not in learned) or "none"
+    print_once(f"{len(kept)} of {model.num_classes} classes are known to {name}; new layers: {new}")
     model.dataset += f", from a network of {trained.dataset}"
 
 

@@ -182,9 +182,11 @@ def read_picture(file, image_size, open_picture=Image.open):
             values = pil_to_tensor(image.convert("I")) / (2 ** tags.get(258, [16])[0] - 1)
             values = 1 - values if tags.get(262) == 0 else values  # white is zero
             image = to_pil_image((values * 255).clamp(0, 255).round().to(torch.uint8))
-        image = image.convert("RGBA")
+        # What is opaque is resized in its own mode, which is faster. (A palette can't be resized.)
+        if image.mode not in ("RGB", "L") or "transparency" in image.info:
+            image = image.convert("RGBA")
     except Exception as error:  # broken, cut short, or huge: Pillow may raise anything
         return error
     image = ImageOps.fit(image, (image_size, image_size))  # hidden colours do not bleed in
     white = Image.new("RGBA", image.size, "white")
-    return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
+    return pil_to_tensor(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))

@@ -82,11 +82,17 @@ def test_exif_rotation_is_undone(tmp_path):
     assert picture[2, 9:].min() > 245
 
 
-def test_resizing_is_antialiased(tmp_path):
+@pytest.mark.parametrize(
+    "mode, options, grey",
+    [("L", {}, 128), ("P", {}, 128), ("1", {}, 128), ("RGB", {"transparency": (0, 0, 0)}, 255)],
+)
+def test_resizing_is_antialiased(tmp_path, mode, options, grey):
     # A checkerboard of single pixels is grey from afar; taking every eighth pixel would not be.
+    # Where black stands for transparency, white is all there is: pixels are not mixed with it.
     board = Image.new("L", (128, 128))
     board.putdata([255 * ((i + i // 128) % 2) for i in range(128 * 128)])
-    assert_colour(read_one(tmp_path, board), (128, 128, 128), tolerance=12)
+    picture = read_one(tmp_path, board.convert(mode), **options)
+    assert_colour(picture, (grey, grey, grey), tolerance=12)
 
 
 def test_a_large_photograph_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):

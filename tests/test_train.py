@@ -314,7 +314,7 @@ STILL = [*FEW, "--steps", 1, "--learning-rate", 0]  # the weights stay as they b
 def test_the_same_classes_begin_with_all_weights(trained, pictures, tmp_path):
     run = [*STILL, "--dataset", pictures, "--init-from", trained / "out"]
     out, _ = call("train", *run, cwd=tmp_path)
-    assert f"3 of 3 classes are known to {trained / 'out'}\n" in out  # and no weights are new
+    assert f"3 of 3 classes are known to {trained / 'out'}; new layers: none\n" in out
     begun = DiT.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in DiT.from_pretrained(trained / "out").state_dict().items():
         torch.testing.assert_close(begun[name], tensor, atol=1e-7, rtol=1e-6)
@@ -364,7 +364,7 @@ def test_layers_that_the_trained_network_lacks_stay_as_they_are_and_are_named(
     train.load_initial_weights(tmp_path / "model", model)
     out = capsys.readouterr().out
     assert "3 of 3 classes are known" in out
-    assert "; new weights: blocks.0.attention.qkv.weight, lora.weight, lora.bias\n" in out
+    assert "; new layers: blocks.0.attention.qkv.weight, lora.weight, lora.bias\n" in out
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
