@@ -173,10 +173,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         if not names or not all(isinstance(name, str) for name in names):
             raise NetworkError("class_names must be a list with one string per class")
         self.image_size = image_size
-        self.class_names = list(class_names)
+        self.class_names = [str(name) for name in names]  # NumPy's, too
         self.dataset = dataset
         self.cfg_scale = cfg_scale
-        self.num_classes = len(class_names)  # also the id of the null class: "no class given"
+        self.num_classes = len(names)  # also the id of the null class: "no class given"
 
         # A plain DiT cuts the pixels themselves into patches, and its final layer draws each patch
         # from its token alone: outlines break at the seams, and fine detail is lost. With conv_dim,

@@ -15,7 +15,6 @@ import argparse
 import copy
 import inspect
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -62,7 +61,7 @@ BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
-LABEL_DROP = 0.1  # label dropout: share given the null class, for guidance; if 0, CFG_SCALE is 1
+LABEL_DROP = 0.1  # label dropout: share given the null class, for guidance; 0 needs CFG_SCALE 1
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
 
 # --- sampling ---
@@ -313,7 +312,7 @@ def apply_settings(options, flags):
     """Change the constants as the flags say, and check them. Returns the state of the run to be
     continued, or None. Raises UserError for what no run, or not this one, could be trained with."""
     changed, state = flags, None
-    out = Path(flags.get("OUT_DIR", OUT_DIR)).expanduser()
+    out = settings.expanded(flags.get("OUT_DIR", OUT_DIR))
     if "resume" in options:
         state = checkpoint.load_state(out / "train_state.pt")
         now = {name: globals()[name] for name in SETTINGS}
@@ -394,7 +393,7 @@ def train(state, constants, init_from):
     def save(step):
         """Write the averaged weights, the page about them, and all that --resume needs."""
         state = {"settings": {name: globals()[name] for name in SETTINGS}, "constants": constants}
-        state |= {"class_names": class_names, "counts": counts, "dataset": ema.dataset}
+        state |= {"class_names": ema.class_names, "counts": counts, "dataset": ema.dataset}
         state |= {"step": step, "seconds": time.perf_counter() - started, "log": rows}
         state |= {"loss_sum": loss_sum, "loss_count": loss_count, "ema": ema.state_dict()}
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -410,8 +409,7 @@ def train(state, constants, init_from):
         save(step=0)  # from here on --resume works
 
     # The loop
-    quoted = f'"{OUT_DIR}"' if sys.platform == "win32" else shlex.quote(OUT_DIR)
-    resume = f"python train.py --resume --out-dir={quoted}"
+    resume = f'python train.py --resume --out-dir="{OUT_DIR}"'
     row_step, row_time = steps_done, time.perf_counter()  # when the last row of the log was written
     bar = tqdm(total=STEPS, initial=steps_done, unit="step", disable=not master)
     steps = training_steps(network, ema, optimizer, images, labels, train_ids, steps_done + 1)
@@ -461,12 +459,12 @@ def train(state, constants, init_from):
                     }
                     row |= {f"val_{t}": round(loss, 6) for t, loss in zip(EVAL_T, val_losses)}
                     row |= {f"seen_{t}": round(loss, 6) for t, loss in zip(EVAL_T, seen_losses)}
-                    rows.append(row)
+                    rows.append(settings.plain(row))
                     checkpoint.write_log(out / "log.csv", rows)
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
                     bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
                     losses = [old["val_loss"] for old in rows]
-                    if losses[-1] > 1.02 * min(losses) >= losses[-2]:
+                    if losses[-1] > 1.02 * min(losses) >= losses[-2:][0]:
                         bar.write("held out rises: more steps make copies; more pictures help")
 
             # Sample from the averaged weights, always with the same noise: a picture of each class,

@@ -6,7 +6,7 @@ Only names and tables are looked at. There are four rules, in this order:
    folders, nor is one for masks. If one of them is for training (train beside valid, seg_train
    beside seg_test, ...), all but that one is left out; otherwise, and among more, it is refused.
 2. Folders around all of the pictures are wrappers: look inside. Pictures beside folders of pictures
-   are refused.
+   are refused, and so are the classes' folders a second time, inside of one beside them.
 3. Several folders are the classes, with all that is below them. What would be lost is refused: a
    folder that has files, but no picture, and a table that sorts the pictures in another way.
 4. Where there are no folders inside, a CSV file may label the pictures; without one they are one
@@ -31,17 +31,17 @@ PICTURES = {ending for ending, kind in Image.registered_extensions().items() if 
 PICTURES = PICTURES - set(".bufr .grib .h5 .hdf .mpeg .mpg".split()) | {".heic", ".heif"}
 TABLES = ".csv .tsv .json .jsonl".split()
 # Files that cannot be the pictures of a class: a folder that has no others is no class, either.
-DOCUMENTS = [*TABLES, *".html .log .md .mov .mp4 .py .txt .xml .yaml .yml".split()]
+DOCUMENTS = [*TABLES, *".db .html .ini .log .md .mov .mp4 .py .txt .xml .yaml .yml".split()]
 
 # Words that begin or end the names of folders for training, and of folders that are no classes.
 TRAIN = set("train training trainval".split())
 TEST = set("test testing val vali valid validate validation dev eval evaluation".split())
-TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query".split())
+TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query submission".split())
 MASKS = set("mask segmentation annotation trimap gt groundtruth label".split())
 LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
 
-# Hidden, the system's, and the grids that train.py and sample.py draw.
-SKIPPED = re.compile(r"/(\.|__MACOSX|@eaDir|\$RECYCLE|lost\+found)|^samples/(step|class-.*-seed)-")
+# Hidden, of a system or a disk, and the grids that train.py and sample.py draw.
+SKIPPED = r"(?i)/(\.|__MACOSX|@eaDir|[$#@]recycle|lost\+found)|^samples/(step|class-.*-seed)-"
 
 
 def find_pictures(folder):
@@ -65,6 +65,9 @@ def find_pictures(folder):
             folders[path.parts[len(root.parts)]].append(path)
     if folders and root in parents:
         raise UserError(f"{root} has pictures beside {min(folders)}/: put all in folders, or one")
+    for name, files in folders.items():
+        if len({path.parts[len(root.parts) + 1] for path in files} & folders.keys()) > 1:
+            raise UserError(f"{root / name} has the folders beside it a second time: move it away")
 
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
     tables = [path for path in others if path.suffix.lower() in TABLES]
@@ -83,7 +86,7 @@ def find_pictures(folder):
         names = ", ".join(table.name for table in tables)[:100]
         classes = by_label(labels, pictures, names)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            raise UserError(f"{names} sorts the pictures otherwise than their folders: remove it")
+            raise UserError(f"{names} sorts the pictures otherwise: remove it, or their folders")
     return folders or classes, passed_over
 
 
@@ -92,7 +95,7 @@ def walk(folder, passed_over, parents=()):
     by a run, or beside a folder for training. parents: the folders around it, as a link may lead
     back to one of them."""
     parents = (*parents, folder.resolve())
-    paths = [path for path in folder.iterdir() if not SKIPPED.search(f"{folder.name}/{path.name}")]
+    paths = [p for p in folder.iterdir() if not re.search(SKIPPED, f"{folder.name}/{p.name}")]
     paths.sort(key=lambda path: path.name)
     # Not a run's, nor, as splits are few, a class such as gas_mask or bullet_train among many.
     dirs = {p for p in paths if p.is_dir() and not (p / "model.safetensors").exists()}
@@ -138,8 +141,9 @@ def read_table(table, by_name, by_stem, least):
     other_columns = [column for column in columns if column not in label_columns]
 
     used = rows_of(by_name, rows, other_columns)
-    if not used and columns != [""]:  # names without ending: in the first column of a CSV alone
-        used = rows_of(by_stem, rows, other_columns[:1])
+    if not used and columns != [""]:  # by name alone; mere numbers in the first column of a CSV
+        words = {stem: path for stem, path in by_stem.items() if not stem.isdigit()}
+        used = rows_of(by_stem, rows, other_columns[:1]) or rows_of(words, rows, other_columns)
     if named(TEST, table.stem) or len(used) < least:
         return  # for testing, or not about these pictures
     if columns == [""]:
@@ -161,6 +165,7 @@ def rows_of(by_name, rows, columns):
     used = []
     for row in rows:
         names = {last_parts(row[column]) for column in columns}
+        names |= {Path(name).stem for name in names}  # of another machine's folder, or ending
         used += [(by_name[name], row) for name in names & by_name.keys()]
     return used
 
@@ -175,7 +180,7 @@ def by_label(labels, pictures, tables):
     """{label: paths} of the pictures, by {path: set of labels}, which is of the tables. Raises
     UserError if a picture has several labels, or none."""
     if not labels:
-        raise UserError(f"{tables}: call one column label, that of classes; without any, remove it")
+        raise UserError(f"{tables} needs pictures' names and one column called label; or remove it")
     classes = defaultdict(list)
     for path in pictures:
         if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):

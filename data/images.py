@@ -101,7 +101,7 @@ def find_dataset(name):
     if list(classes) == [folder.resolve().name]:  # a single class, without a folder of its own
         pictures = classes.popitem()[1]
         if len(pictures) < 10 and passed_over.keys() & {".parquet", ".arrow"}:
-            return open_with_datasets(name)
+            return open_with_datasets(str(folder))
         classes = {Path(name).resolve().name: pictures}  # the Hub's folders have hashes as names
     return classes, passed_over, Image.open
 

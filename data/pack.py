@@ -10,7 +10,7 @@ twice its room on the disk.
 """
 
 import json
-import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +40,9 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.path.parent, ignore_cleanup_errors=True) as scratch:
 
         def empty(shape, dtype):
-            file, size = str(Path(scratch, "images")), math.prod(shape)
+            file, size = str(Path(scratch, "images")), torch.Size(shape).numel()
+            if shutil.disk_usage(scratch).free < 2 * size:  # else a bus error, when it is full
+                raise UserError(f"{args.path} needs {2 * size / 1e9:.2g} GB of free disk")
             return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape)
 
         images, labels, class_names = load_dataset(args.source, args.image_size, empty)

@@ -137,7 +137,7 @@ def restore_state(state, model, ema, optimizer, counts):
     load_into(model, state["model"], "--resume: train_state.pt does not fit model.py")
     load_into(ema, state["ema"], "--resume: train_state.pt does not fit model.py")
     ema.dataset = state.get("dataset", ema.dataset)  # also says what it was started from
-    load_into(optimizer, state["optimizer"], "--resume: other groups of weights")
+    load_into(optimizer, state["optimizer"], "--resume: another optimizer, or other groups")
 
 
 def load_into(target, weights, problem):
@@ -145,5 +145,5 @@ def load_into(target, weights, problem):
     problem is, if names or shapes are others."""
     try:
         target.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{problem}: {str(error)[:200]}") from error

@@ -61,8 +61,6 @@ def join_processes(device, batch_size):
     if world_size > batch_size:
         raise UserError(f"BATCH_SIZE {batch_size} is too small for {world_size} processes")
     if world_size > 1:
-        if device.type == "mps" or (device.type == "cuda" and not dist.is_nccl_available()):
-            raise UserError(f"several processes cannot share {device} here: leave out torchrun")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Named, as without a name the group would have the accelerator's backend alone. They wait
@@ -91,7 +89,6 @@ def compile_model(model):
 
     def first_call(*arguments, **options):
         print_once("compiling: the first step takes up to a minute")
-        buffers = [buffer.clone() for buffer in model.buffers()]  # of a batch norm
         try:
             model.forward = torch.compile(eager)
             # The compiler translates the backward pass when it is first needed, and may fail then.
@@ -102,8 +99,6 @@ def compile_model(model):
         except Exception as error:  # the compiler's; one of the model's own comes again below
             print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
             model.forward = eager
-        for buffer, before in zip(model.buffers(), buffers):
-            buffer.copy_(before)
         return model.forward(*arguments, **options)
 
     model.forward = first_call

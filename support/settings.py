@@ -108,7 +108,7 @@ def limited(kind, lowest=-(10**12), highest=10**12):
 
 def expanded(text):
     """An argparse type: a path, in which ~ is the home folder, as in --output=~/grid.png."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # which leaves ~name if there is no such user
 
 
 def png_path(text):
@@ -165,4 +165,4 @@ def checked(values):
 
 def plain(values):
     """The values {name: value} in Python's own types: torch.load would refuse a NumPy float."""
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values, default=float))

@@ -65,12 +65,27 @@ LAYOUTS = {
     ),
     "hidden folders and what systems leave": (
         tree("fish", "star", ".cache", ".git/x", "__MACOSX", "fish/@eaDir", "$RECYCLE.BIN")
-        + ["._banner.png", "fish/.0.png", "lost+found/0.png"],
+        + [
+            "._banner.png",
+            "fish/.0.png",
+            "lost+found/0.png",
+            "#recycle/cat/0.png",
+            "@Recycle/0.png",
+        ],
         FISH_STAR,
     ),
     "classes called like splits and masks among many": (
         tree("bullet_train", "gas_mask", "mask", "label", "zebra", "yak"),
         dict.fromkeys(("bullet_train", "gas_mask", "mask", "label", "zebra", "yak"), 2),
+    ),
+    "folders that Windows has looked into": (
+        ["Thumbs.db", "empty/desktop.ini", "fish/Thumbs.db", *tree("fish", "star")],
+        FISH_STAR,
+    ),
+    "the same folder in each class": (tree("fish/old", "star/old"), FISH_STAR),
+    "a class inside of another, and one of its own name": (
+        tree("fish/star", "star/star", "shell"),
+        {"fish": 2, "shell": 2, "star": 2},
     ),
     "train beside masks": (tree("train", "train_masks"), {"train": 2}),
     "a run called like a split": (["out/test/model.safetensors", *tree("fish", "star")], FISH_STAR),
@@ -120,7 +135,9 @@ def test_a_layout_is_read_as_its_owner_means_it(tmp_path, layout):
     found, passed_over = counts(tmp_path / "root")
     assert found == classes and list(found) == sorted(found)
     # Whatever is left out is counted, except for what is hidden or made by a run.
-    seen = [name for name in files if not any(word in name for word in ("/.", "__", "@", "$", "+"))]
+    seen = [
+        name for name in files if not any(word in name for word in ("/.", "__", "@", "#", "$", "+"))
+    ]
     seen = [name for name in seen if not name.startswith((".", "out/", "samples/"))]
     assert sum(found.values()) + sum(passed_over.values()) == len(seen)
 
@@ -131,6 +148,9 @@ REFUSED = {
     "root has pictures beside a/: put all": "0.png 1.png a/0.png b/0.png",
     "root has pictures beside Pets": "banner.png Pets/fish/0.png Pets/star/0.png",
     "fish has pictures beside old": "fish/0.png fish/1.png fish/old/0.png",
+    "Pets has the folders beside it a second time": (
+        "fish/0.png star/0.png Pets/fish/0.png Pets/star/0.png"
+    ),
     "test_images is no class": "fish/0.png star/0.png test_images/0.png",
     "holdout is no class": "fish/0.png star/0.png holdout/0.png",
     "test1 is no class": "test1/fish/0.png",
@@ -270,6 +290,7 @@ READABLE = [
     "filename,label\n0.jpg,a\n\n1.jpg,b\n2.jpg,a,more\n3.jpg\n",  # short and long rows
     "id,species,photo\n2,a,0.jpg\n0,b,1.jpg\n1,a,2.jpg\n",  # ids that look like names
     ",fname,label\n0,0.jpg,a\n1,1.jpg,b\n2,2.jpg,a\n",  # pandas' index
+    "file,label\nC:\\me\\0.jpg,a\n/home/me/1.png,b\n2,a\n",  # of other machines, and endings
 ]
 
 
@@ -291,6 +312,7 @@ BESIDE = [
     ("broken.csv", "file,label\n\0\udcff"),
     ("quotes.csv", 'file,words\n0.png,"not closed\n' + "1.png,and so on\n" * 10_000),
     ("test_labels.csv", "file,label\n0.png,a\n2.png,a\n"),
+    ("sampleSubmission.csv", "file,label\n0.png,a\n2.png,a\n"),
     ("classes.json", '{"fish": 0, "star": 1}'),
     ("ids.json", '{"0": "fish", "1": "star"}'),
 ]
@@ -314,6 +336,7 @@ CONTRADICTING = [
         "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n",
         "sorts the pictures otherwise",
     ),
+    ("labels.csv", "file,label\n/x/0.jpg,a\n/x/2.jpg,a\n/x/1,b\n/x/3,b\n", "or their folders"),
     ("labels.csv", "file,label\n0.png,a\n1.png,b\n", "the label of .*2.png is missing"),
     ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "for testing"),
     ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "read from CSV"),
@@ -352,23 +375,23 @@ def test_names_that_repeat_count_with_their_folders(tmp_path):
 SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 BOTH = "id,like,species\n0.jpg,1.jpg,a\n1.jpg,2.jpg,b\n2.jpg,0.jpg,a\n"
-NEEDED = "call one column label"
+NEEDED = "needs pictures' names and one column called label"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
     ("labels.csv", "photo,species\n0.jpg,a\n2.jpg,a\n", "labels.csv: the label of .*1.jpg is m"),
-    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv: {NEEDED}"),
-    ("labels.csv", "filename,label\n", f"labels.csv: {NEEDED}"),  # no rows
-    ("labels.csv", "", f"labels.csv: {NEEDED}"),
-    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv: {NEEDED}"),
-    ("test.csv", OF_TESTING, f"test.csv: {NEEDED}"),
+    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv {NEEDED}"),
+    ("labels.csv", "filename,label\n", f"labels.csv {NEEDED}"),  # no rows
+    ("labels.csv", "", f"labels.csv {NEEDED}"),
+    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv {NEEDED}"),
+    ("test.csv", OF_TESTING, f"test.csv {NEEDED}"),
     ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
     ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "read from CSV"),
     ("labels.csv", "file,label\n0.jpg,\xe9\n1.jpg,a\n", "labels.csv: the label .*UTF-8"),
     ("labels.csv", "file,label\n0.jpg,\0中\n1.jpg,a\n".encode("utf-16").decode("latin-1"), NEEDED),
-    ("labels.csv", "file,label\nx.jpg,a\n", f"labels.csv: {NEEDED}"),
+    ("labels.csv", "file,label\nx.jpg,a\n", f"labels.csv {NEEDED}"),
     ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
-    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", NEEDED),
+    ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is a and b"),
     ("labels.csv", BOTH, "label of .* is a and b"),  # two columns that may have names
     ("labels.csv", "file,label,species\n0.jpg,a,b\n", NEEDED),  # two of labels
     ("labels.csv", SPLIT.format("split", "train", "test", "train"), "testing, by the column split"),
@@ -388,6 +411,19 @@ def test_a_table_that_does_not_say_what_is_what_is_refused(tmp_path, table):
         (tmp_path / name).write_text(text, "latin-1")
     with pytest.raises(UserError, match=words):
         find_pictures(tmp_path)
+
+
+def test_names_without_ending_may_be_in_any_column(tmp_path):
+    make(tmp_path, "part 1/isic_1.jpg", "part 1/isic_2.jpg", "part 2/isic_3.jpg")
+    table = tmp_path / "labels.csv"
+    table.write_text(",lesion,image,label\n0,9,ISIC_1,a\n1,8,ISIC_2,b\n2,7,ISIC_3,a\n")
+    with pytest.raises(UserError, match="otherwise: remove it, or their folders"):
+        find_pictures(tmp_path)
+    for path in sorted(tmp_path.rglob("*.jpg")):
+        path.rename(tmp_path / path.name)
+    for folder in ("part 1", "part 2"):
+        (tmp_path / folder).rmdir()
+    assert counts(tmp_path)[0] == {"a": 2, "b": 1}
 
 
 def test_a_table_of_a_single_picture(tmp_path):
@@ -412,6 +448,6 @@ def test_a_heic_that_a_table_names_is_said_to_need_a_plug_in(tmp_path, capsys):
     assert "0.heic" in err and "pip install pillow-heif" in err
 
 
-@pytest.mark.parametrize("name", ["strain", "contest", "value", "Devon", "Testament", "birds"])
+@pytest.mark.parametrize("name", ["strain", "contest", "value", "Devon", "Testament", "hand-held computer"])
 def test_words_that_contain_a_split_are_none(name):
     assert not named(TEST, name)

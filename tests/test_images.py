@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -210,6 +211,13 @@ def test_packing_passes_over_what_cannot_be_read(tmp_path, capsys):
     (tmp_path / "d" / "a" / "0.png").unlink()
     assert "no pictures" in call("data.pack", "d", "q.safetensors", cwd=tmp_path, status=2)[1]
     assert sorted(os.listdir(tmp_path)) == ["d", "p.safetensors"]
+
+
+def test_a_disk_without_room_for_a_packed_file_is_one_line(tmp_path, pictures, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * 21 * 3 * 16 * 16 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    line = refused("data.pack", pictures, "p.safetensors", "--image-size", 16, cwd=tmp_path)
+    assert "p.safetensors needs 3.2e-05 GB of free disk" in line and os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")

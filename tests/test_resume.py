@@ -109,7 +109,7 @@ def test_a_stopped_run_saves_its_step(short, pictures, tmp_path, monkeypatch, na
         before = signal.signal(getattr(signal, name), signal.SIG_DFL)
         _, err = call("train", *SHORT, "--dataset", pictures, cwd=tmp_path, status=status)
         signal.signal(getattr(signal, name), before)
-    assert "stopped at step 5" in err and err.endswith("--resume --out-dir=out\n")
+    assert "stopped at step 5" in err and err.endswith('--resume --out-dir="out"\n')
     assert state(tmp_path / "out")["step"] == 5
     call("train", "--resume", cwd=tmp_path)
     assert_same_run(short, tmp_path / "out")
@@ -299,7 +299,18 @@ def test_other_groups_of_weights_are_refused(trained, tmp_path, monkeypatch):
     copied(trained, tmp_path)
     monkeypatch.setattr(torch.optim, "AdamW", two_groups)
     line = refused("train", "--resume", "--steps", 40, cwd=tmp_path)
-    assert "--resume: other groups of weights: " in line
+    assert "--resume: another optimizer, or other groups: " in line
+
+
+def test_the_moments_of_another_optimizer_are_refused(pictures, tmp_path, monkeypatch):
+    def sgd(weights, lr, **_):
+        return torch.optim.SGD(weights, lr, momentum=0.9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", sgd)
+        call("train", *FEW, "--dataset", pictures, "--steps", 2, cwd=tmp_path)
+    line = refused("train", "--resume", "--steps", 3, cwd=tmp_path)
+    assert "--resume: another optimizer, or other groups: 'step'" in line
 
 
 def test_the_schedule_is_a_factor_on_the_rate_of_each_group(pictures, tmp_path, monkeypatch):

@@ -287,6 +287,8 @@ def test_a_path_may_begin_at_the_home_folder(trained, tmp_path, monkeypatch):
     paths = ["--checkpoint=~/out", "--output=~/grid.png", "--save-images=~/many"]
     call("sample", *paths, "--steps", 1, cwd=trained)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "grid.png", "many"}
+    call("sample", "--output", "~no such user/g.png", "--steps", 1, cwd=tmp_path)
+    assert (tmp_path / "~no such user" / "g.png").exists()
 
 
 def test_main_runs_in_a_notebook(trained, monkeypatch, capsys):
