@@ -448,6 +448,8 @@ def test_a_heic_that_a_table_names_is_said_to_need_a_plug_in(tmp_path, capsys):
     assert "0.heic" in err and "pip install pillow-heif" in err
 
 
-@pytest.mark.parametrize("name", ["strain", "contest", "value", "Devon", "Testament", "hand-held computer"])
+@pytest.mark.parametrize(
+    "name", ["strain", "contest", "value", "Devon", "Testament", "hand-held computer"]
+)
 def test_words_that_contain_a_split_are_none(name):
     assert not named(TEST, name)
