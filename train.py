@@ -468,7 +468,7 @@ def train(state, constants, init_from):
                         bar.write("held out rises: more steps make copies; more pictures help")
 
             # Sample from the averaged weights, always with the same noise: a picture of each class,
-            # or rows of eight if there are few.
+            # up to 75 of them, or rows of eight if there are few.
             if master and drawing:
                 columns = 8 if len(class_names) < 10 else None
                 class_ids = torch.arange(len(class_names))[:75].repeat_interleave(columns or 1)

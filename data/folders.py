@@ -38,7 +38,7 @@ TRAIN = set("train training trainval".split())
 TEST = set("test testing val vali valid validate validation dev eval evaluation".split())
 TEST |= set("hold holdout held heldout unseen unlabeled unlabelled query submission".split())
 MASKS = set("mask segmentation annotation trimap gt groundtruth label".split())
-LABEL_COLUMNS = "label labels cls class classes classname category species breed target".split()
+LABEL_COLUMNS = "label labels cls class classes classname category species breed target dx".split()
 
 # Hidden, of a system or a disk, and the grids that train.py and sample.py draw.
 SKIPPED = r"(?i)/(\.|__MACOSX|@eaDir|[$#@]recycle|lost\+found)|^samples/(step|class-.*-seed)-"

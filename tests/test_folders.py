@@ -283,7 +283,7 @@ READABLE = [
     "\ufefffile_name;class\r\n0.jpg;a\r\n1.jpg;b\r\n2.jpg;a\r\n",  # a spreadsheet's
     "label,width,File Name\na,40,0.jpg\nb,40,1.jpg\na,40,2.jpg\n",
     "image_path\tlabel\n0.jpg\ta\n1.jpg\tb\n2.jpg\ta\n",
-    "id,breed\n0,a\n1,b\n2,a\n",  # names without their ending
+    "id,dx\n0,a\n1,b\n2,a\n",  # names without their ending, and a diagnosis
     '"path","category"\n"./0.jpg","a"\n"1.jpg","b, or c"\n"2.jpg","a"\n',
     "id,species,filepath\n7,a,.\\0.jpg\n8,b,images/1.JPG\n9,a,IMAGES\\2.jpg\n",
     "filename,label\n0.jpg,a\n1.jpg,b\n2.jpg,a\n0.jpg,a\n",  # a row twice
