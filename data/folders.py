@@ -3,16 +3,17 @@
 Only names and tables are looked at. There are four rules, in this order:
 
 1. A folder whose name begins or ends with a word for testing is never a class; among up to five
-   folders, nor is one for masks. If one of them is for training (train beside valid, seg_train
-   beside seg_test, ...), all but that one is left out; otherwise, and among more, it is refused.
+   folders, nor is one for masks. Beside a single folder for training (valid beside train, seg_test
+   beside seg_train, ...), all but that one is left out, tables aside; otherwise, and among more,
+   the whole is refused.
 2. Folders around all of the pictures are wrappers: look inside. Pictures beside folders of pictures
-   are refused, and so are the classes' folders a second time, inside of one beside them.
+   are refused, and so are the classes' folders a second time, inside one beside them.
 3. Several folders are the classes, with all that is below them. What would be lost is refused: a
-   folder that has files, but no picture, and a table that sorts the pictures in another way.
+   folder that has data, but no picture, and a table that sorts the pictures in another way.
 4. Where there are no folders inside, a CSV file may label the pictures; without one they are one
    class, called as their folder is.
 
-What is left out is counted.
+What is left out is counted, except for what is hidden or made by a run.
 """
 
 import csv
@@ -27,7 +28,7 @@ from PIL import Image
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold more than Python's 131,072 characters
 PICTURES = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-# Pillow knows of some only that they are. Those of iPhones need a plug-in.
+# Pillow cannot read the first six. The last two, of iPhones, need a plug-in.
 PICTURES = PICTURES - set(".bufr .grib .h5 .hdf .mpeg .mpg".split()) | {".heic", ".heif"}
 TABLES = ".csv .tsv .json .jsonl".split()
 # Files that cannot be the pictures of a class: a folder that has no others is no class, either.
@@ -45,8 +46,8 @@ SKIPPED = r"(?i)/(\.|__MACOSX|@eaDir|[$#@]recycle|lost\+found)|^samples/(step|cl
 
 
 def find_pictures(folder):
-    """The classes of a folder, {class name: sorted paths of its pictures}, and a Counter of what
-    was passed over. Raises UserError if the folder can be read in two ways, or not at all."""
+    """The classes of a folder, {class name: sorted paths of its pictures}, and a Counter of all
+    other files. Raises UserError if the folder can be read in two ways, or not at all."""
     root, passed_over = Path(folder), Counter()
     paths = list(walk(root, passed_over))
     pictures = [path for path in paths if path.suffix.lower() in PICTURES]
@@ -57,14 +58,14 @@ def find_pictures(folder):
     above = {folder for parent in parents for folder in (parent, *parent.parents)}
     for path in others:
         if pictures and path.parent not in above and path.suffix.lower() not in DOCUMENTS:
-            raise UserError(f"no picture in {path.parent}, but {path.name}: move it, or use PNG")
+            raise UserError(f"cannot read {path.name} in {path.parent}: make it PNG, or move it")
     root = Path(os.path.commonpath(parents or [root]))  # inside all wrappers
     folders = defaultdict(list)
     for path in pictures:
         if path.parent != root:
             folders[path.parts[len(root.parts)]].append(path)
     if folders and root in parents:
-        raise UserError(f"{root} has pictures beside {min(folders)}/: put all in folders, or one")
+        raise UserError(f"{root} has pictures beside {min(folders)}/: put them into a folder, too")
     for name, files in folders.items():
         if len({path.parts[len(root.parts) + 1] for path in files} & folders.keys()) > 1:
             raise UserError(f"{root / name} has the folders beside it a second time: move it away")
@@ -72,8 +73,7 @@ def find_pictures(folder):
     classes, labels = {root.resolve().name: pictures}, defaultdict(set)
     tables = [path for path in others if path.suffix.lower() in TABLES]
     looked_up = pictures if tables else []  # as a million names take their time and memory
-    # Names count with up to two folders; without one, or without their ending, only if they do not
-    # repeat in class folders.
+    # Names count with one or two folders; without any, or without ending, only if all differ.
     unique = len({path.name for path in looked_up}) == len(looked_up)
     depths = (1, 2, 3) if unique else (2, 3)
     by_name = {last_parts(path, depth): path for path in looked_up for depth in depths}
@@ -81,29 +81,29 @@ def find_pictures(folder):
     for table in tables:
         for path, label in read_table(table, by_name, by_stem, min(2, len(pictures))):
             labels[path].add(label)
-    # Without folders, no table may be passed over: it could have the labels.
+    # Without folders, a CSV file that gives no labels is refused.
     if labels or (pictures and not folders and passed_over.keys() & {".csv", ".tsv"}):
         names = ", ".join(table.name for table in tables)[:100]
         classes = by_label(labels, pictures, names)
         if folders and set(map(tuple, folders.values())) != set(map(tuple, classes.values())):
-            raise UserError(f"{names} sorts the pictures otherwise: remove it, or their folders")
+            raise UserError(f"{names} disagrees with the folders: remove it, or their folders")
     return folders or classes, passed_over
 
 
 def walk(folder, passed_over, parents=()):
     """All files below a folder, in the same order on every machine, except for what is hidden, made
-    by a run, or beside a folder for training. parents: the folders around it, as a link may lead
+    by a run, or left out by rule 1. parents: the folders around it, as a link may lead
     back to one of them."""
     parents = (*parents, folder.resolve())
     paths = [p for p in folder.iterdir() if not re.search(SKIPPED, f"{folder.name}/{p.name}")]
     paths.sort(key=lambda path: path.name)
-    # Not a run's, nor, as splits are few, a class such as gas_mask or bullet_train among many.
+    # No runs. Among six or more, as splits are few, gas_mask or bullet_train is a class.
     dirs = {p for p in paths if p.is_dir() and not (p / "model.safetensors").exists()}
     no_class = TEST | MASKS if len(dirs) < 6 else TEST
     trains = [p for p in dirs if named(TRAIN, p.name) and not named(MASKS, p.name)]
     tests = [p for p in paths if p in dirs and named(no_class, p.name) and p not in trains]
     if tests and (len(trains) != 1 or len(dirs) >= 6):
-        raise UserError(f"{tests[0]} is no class, by its name: use another --dataset, or rename it")
+        raise UserError(f"{tests[0]} is no class, by its name: move it away, or rename it if it is")
     for path in paths:
         # Tables stay, as they are of all pictures.
         if tests and path != trains[0] and (path.suffix.lower() in PICTURES or path.is_dir()):
@@ -127,12 +127,16 @@ def named(words, name):
 
 
 def read_table(table, by_name, by_stem, least):
-    """Yield (path, label) for each of the pictures {name: path} that a row of a CSV file names, in
-    whichever column: where two columns name pictures, one gets two labels. Raises UserError if rows
-    are for testing, or for a JSON file that names pictures: what else it says, only its owner
-    knows. A table that names fewer than `least` pictures is not about them."""
+    """Yield (path, label) for each picture that a row of a CSV file names, in whichever column.
+
+    by_name, by_stem: {name: path}, with ending and perhaps folders, or without both. A picture in
+    several rows may get several labels. Nothing is yielded unless one column alone is of labels,
+    nor if the table is for testing, by its name, or names fewer than `least` pictures: then it is
+    not about them. Raises UserError if some of its rows are for testing, or if a JSON file names
+    pictures: what else that says, only its owner knows.
+    """
     text = table.read_text("utf-8-sig", errors="replace").replace("\0", "\ufffd")
-    rows, columns = [{"": word} for word in set(text.split('"'))], [""]
+    rows, columns = [{"": word} for word in set(text.split('"'))], [""]  # of JSON
     if table.suffix.lower() in (".csv", ".tsv"):
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey="+", restval="")
@@ -141,7 +145,7 @@ def read_table(table, by_name, by_stem, least):
     other_columns = [column for column in columns if column not in label_columns]
 
     used = rows_of(by_name, rows, other_columns)
-    if not used and columns != [""]:  # by name alone; mere numbers in the first column of a CSV
+    if not used and columns != [""]:  # of a CSV, by stem; numbers only in its first column
         words = {stem: path for stem, path in by_stem.items() if not stem.isdigit()}
         used = rows_of(by_stem, rows, other_columns[:1]) or rows_of(words, rows, other_columns)
     if named(TEST, table.stem) or len(used) < least:
@@ -153,7 +157,7 @@ def read_table(table, by_name, by_stem, least):
         values = {row[column] for _, row in used if last_parts(row[column]) not in by_name}
         for_testing = [value for value in values if named(TEST, value)]
         if 1 < len(values) < 9 and (for_testing or named(TEST | TRAIN, column)):
-            raise UserError(f"{table}: rows are for testing, by the column {column}: delete them")
+            raise UserError(f"{table}: column {column} marks tests: delete those rows and files")
     if len(label_columns) == 1:
         print_once(f"labels as in {table}")
         for path, row in used:
@@ -165,7 +169,7 @@ def rows_of(by_name, rows, columns):
     used = []
     for row in rows:
         names = {last_parts(row[column]) for column in columns}
-        names |= {Path(name).stem for name in names}  # of another machine's folder, or ending
+        names |= {Path(name).stem for name in names}  # for by_stem: without folder and ending
         used += [(by_name[name], row) for name in names & by_name.keys()]
     return used
 
@@ -176,16 +180,16 @@ def last_parts(path, depth=3):
     return "/".join(text.split("/")[-depth:])
 
 
-def by_label(labels, pictures, tables):
-    """{label: paths} of the pictures, by {path: set of labels}, which is of the tables. Raises
-    UserError if a picture has several labels, or none."""
+def by_label(labels, pictures, names):
+    """{label: paths} of the pictures, by {path: set of labels}. names: of the tables, for errors.
+    Raises UserError if a picture has several labels, or none."""
     if not labels:
-        raise UserError(f"{tables} needs pictures' names and one column called label; or remove it")
+        raise UserError(f"no labels in {names}: it needs columns filename and label; or remove it")
     classes = defaultdict(list)
     for path in pictures:
         if len(labels[path]) != 1 or labels[path] & {""} or "\ufffd" in min(labels[path]):
             seen = " and ".join(sorted(labels[path] - {""})) or "missing"
-            raise UserError(f"{tables}: the label of {path} is {seen}: it needs one, in UTF-8")
+            raise UserError(f"{names}: the label of {path} is {seen}: give it one label, in UTF-8")
         classes[min(labels[path])].append(path)
     return dict(sorted(classes.items()))
 

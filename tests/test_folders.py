@@ -144,8 +144,8 @@ def test_a_layout_is_read_as_its_owner_means_it(tmp_path, layout):
 
 # words of the error -> what the folder "root" holds
 REFUSED = {
-    "root has pictures beside edited/: put all": "0.png 1.png edited/0.png",
-    "root has pictures beside a/: put all": "0.png 1.png a/0.png b/0.png",
+    "root has pictures beside edited/: put them": "0.png 1.png edited/0.png",
+    "root has pictures beside a/: put them": "0.png 1.png a/0.png b/0.png",
     "root has pictures beside Pets": "banner.png Pets/fish/0.png Pets/star/0.png",
     "fish has pictures beside old": "fish/0.png fish/1.png fish/old/0.png",
     "Pets has the folders beside it a second time": (
@@ -160,9 +160,9 @@ REFUSED = {
     "GT is no class": "images/0.png GT/0.png",
     "test is no class": "test/0.png " + " ".join(f"{n}/0.png train/0.png" for n in "abcde"),
     "annotations is no class": "images/0.png annotations/trimaps/0.png",
-    "no picture in .*fish, but 0.cr2": "fish/0.cr2 fish/1.cr2 star/0.png",
-    "no picture in .*fish, but x": "fish/x star/0.png shell/0.png",
-    "no picture in .*scans, but a.npy": "images/0.png scans/a.npy",
+    "cannot read 0.cr2 in .*fish": "fish/0.cr2 fish/1.cr2 star/0.png",
+    "cannot read x in .*fish": "fish/x star/0.png shell/0.png",
+    "cannot read a.npy in .*scans": "images/0.png scans/a.npy",
 }
 
 
@@ -329,16 +329,16 @@ CONTRADICTING = [
     (
         "labels.csv",
         "file,label\n0.png,a\n1.png,b\n2.png,a\n3.png,b\n",
-        "sorts the pictures otherwise",
+        "disagrees with the folders",
     ),
     (
         "labels.csv",
         "file,label\n0.png,a\n1.png,a\n2.png,a\n3.png,a\n",
-        "sorts the pictures otherwise",
+        "disagrees with the folders",
     ),
     ("labels.csv", "file,label\n/x/0.jpg,a\n/x/2.jpg,a\n/x/1,b\n/x/3,b\n", "or their folders"),
     ("labels.csv", "file,label\n0.png,a\n1.png,b\n", "the label of .*2.png is missing"),
-    ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "for testing"),
+    ("labels.csv", "file,label,split\n0.png,a,train\n1.png,b,test\n", "marks tests"),
     ("dataset.json", '{"labels": [["fish/0.png", 6], ["star/3.png", 9]]}', "read from CSV"),
     ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "2.png"}\n', "read from CSV"),
 ]
@@ -362,7 +362,7 @@ def test_names_that_repeat_count_with_their_folders(tmp_path):
     (tmp_path / "all.csv").write_text(f"filepaths,labels,data set\n{rows}")
     assert counts(tmp_path)[0] == FISH_STAR
     (tmp_path / "all.csv").write_text(f"filepaths,labels\n{rows.replace('star,train', 'fish,x')}")
-    with pytest.raises(UserError, match="sorts the pictures otherwise"):
+    with pytest.raises(UserError, match="disagrees with the folders"):
         find_pictures(tmp_path)
     (tmp_path / "all.csv").unlink()
     (tmp_path / "set.json").write_text('[["fish/0.png", 1], ["star/0.png", 2]]')
@@ -375,31 +375,31 @@ def test_names_that_repeat_count_with_their_folders(tmp_path):
 SPLIT = "file,label,{}\n0.jpg,a,{}\n1.jpg,b,{}\n2.jpg,a,{}\n"
 OF_TESTING = "filename,label\n0.jpg,a\n1.jpg,a\n2.jpg,a\n"
 BOTH = "id,like,species\n0.jpg,1.jpg,a\n1.jpg,2.jpg,b\n2.jpg,0.jpg,a\n"
-NEEDED = "needs pictures' names and one column called label"
+NEEDED = "it needs columns filename and label"
 # tables beside three loose pictures, what they hold, words of the error
 TABLES = [
     ("labels.csv", "photo,species\n0.jpg,a\n2.jpg,a\n", "labels.csv: the label of .*1.jpg is m"),
-    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"m.csv {NEEDED}"),
-    ("labels.csv", "filename,label\n", f"labels.csv {NEEDED}"),  # no rows
-    ("labels.csv", "", f"labels.csv {NEEDED}"),
-    ("labels.csv", "id,label\n7,a\n8,b\n", f"labels.csv {NEEDED}"),
-    ("test.csv", OF_TESTING, f"test.csv {NEEDED}"),
+    ("m.csv", "file_name,text\n0.jpg,A fish.\n", f"no labels in m.csv: {NEEDED}"),
+    ("labels.csv", "filename,label\n", f"no labels in labels.csv: {NEEDED}"),  # no rows
+    ("labels.csv", "", f"no labels in labels.csv: {NEEDED}"),
+    ("labels.csv", "id,label\n7,a\n8,b\n", f"no labels in labels.csv: {NEEDED}"),
+    ("test.csv", OF_TESTING, f"no labels in test.csv: {NEEDED}"),
     ("x.csv y.csv", OF_TESTING.replace("1.jpg,a", "1.jpg,"), "x.csv, y.csv: .*1.jpg is missing"),
     ("metadata.jsonl", '{"file_name": "0.jpg"}\n{"file_name": "1.jpg"}\n', "read from CSV"),
     ("labels.csv", "file,label\n0.jpg,\xe9\n1.jpg,a\n", "labels.csv: the label .*UTF-8"),
     ("labels.csv", "file,label\n0.jpg,\0中\n1.jpg,a\n".encode("utf-16").decode("latin-1"), NEEDED),
-    ("labels.csv", "file,label\nx.jpg,a\n", f"labels.csv {NEEDED}"),
+    ("labels.csv", "file,label\nx.jpg,a\n", f"no labels in labels.csv: {NEEDED}"),
     ("labels.csv", "file,label\n0.jpg,a\n1.jpg,\n2.jpg,b\n", "label of .*1.jpg is missing"),
     ("labels.csv", "file,label\n0.jpg,a\n0.jpg,b\n", "label of .*0.jpg is a and b"),
     ("labels.csv", "file,label\na/0.jpg,a\nb/0.jpg,b\n", "label of .*0.jpg is a and b"),
     ("labels.csv", BOTH, "label of .* is a and b"),  # two columns that may have names
     ("labels.csv", "file,label,species\n0.jpg,a,b\n", NEEDED),  # two of labels
-    ("labels.csv", SPLIT.format("split", "train", "test", "train"), "testing, by the column split"),
-    ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", ""), "by the column Usage"),
+    ("labels.csv", SPLIT.format("split", "train", "test", "train"), "column split marks tests"),
+    ("labels.csv", SPLIT.format("Usage", "Training", "PublicTest", ""), "column Usage marks tests"),
     ("labels.csv", "image,label,rank\n001,cat,2\n002,dog,1\n", NEEDED),  # ranks are no names
     ("labels.csv", "file,label,label\n0.jpg,a,0\n1.jpg,b,0\n2.jpg,b,0\n", NEEDED),
-    ("labels.csv", SPLIT.format("is_valid", "True", "False", "True"), "by the column is_valid"),
-    ("labels.csv", SPLIT.format("isTrain", "1", "0", "1"), "by the column isTrain"),
+    ("labels.csv", SPLIT.format("is_valid", "True", "False", "True"), "column is_valid marks"),
+    ("labels.csv", SPLIT.format("isTrain", "1", "0", "1"), "column isTrain marks"),
 ]
 
 
@@ -417,7 +417,7 @@ def test_names_without_ending_may_be_in_any_column(tmp_path):
     make(tmp_path, "part 1/isic_1.jpg", "part 1/isic_2.jpg", "part 2/isic_3.jpg")
     table = tmp_path / "labels.csv"
     table.write_text(",lesion,image,label\n0,9,ISIC_1,a\n1,8,ISIC_2,b\n2,7,ISIC_3,a\n")
-    with pytest.raises(UserError, match="otherwise: remove it, or their folders"):
+    with pytest.raises(UserError, match="disagrees with the folders: remove it"):
         find_pictures(tmp_path)
     for path in sorted(tmp_path.rglob("*.jpg")):
         path.rename(tmp_path / path.name)
