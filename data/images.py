@@ -2,7 +2,7 @@
 
 All of them give the same: images uint8 (N,3,S,S), labels int64 (N,), and a list of class names.
 data/folders.py finds out which files are pictures of which class; here they are read, and what was
-left out is said. data/pack.py writes what is read here into one file, from which a run starts at
+left out is reported. data/pack.py writes what is read into one file, from which a run starts at
 once.
 """
 
@@ -29,11 +29,11 @@ from data.folders import PICTURES, find_labels, find_pictures
 with contextlib.suppress(ImportError):  # a Pillow plug-in for the pictures of iPhones
     import pillow_heif.HeifImagePlugin  # noqa: F401
 
-# Of the Hub's files, those that are not downloaded with the pictures. They are the same each time:
-# without the Hub, a copy counts as complete if all but these are there.
+# Files on the Hub that are not downloaded with the pictures. Always the same ones: offline, a copy
+# counts as complete if nothing but these is missing.
 IGNORED = "[Tt]est/* [Tt]esting/* [Vv]al/* [Vv]alid/* [Vv]alidation/*".split()
 IGNORED += ["*.arrow", "*.parquet", "*.tar", "*.zip"]
-Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses twice as many; a telephone's have 200 million
+Image.MAX_IMAGE_PIXELS = 250_000_000  # Pillow refuses over twice this; phones take 200 million
 
 
 def load_dataset(name, image_size, empty=torch.empty):
@@ -60,21 +60,21 @@ def load_images(folder, image_size):
     """Read a folder of pictures: one folder per class, or another layout in data/folders.py.
 
     Returns uint8 (N,3,S,S), int64 labels (N,), and the class names, sorted; the pictures are
-    ordered by class. What is passed over is named once, on stderr. Raises UserError if a class has
+    ordered by class. What is passed over is reported on stderr. Raises UserError if a class has
     no picture, or if the folder can be read in two ways.
     """
     return load_dataset(str(Path(folder).expanduser().absolute()), image_size)
 
 
 def load_packed(path, image_size):
-    """The pictures in a file of data/pack.py. They stay on the disk until they are used, and
+    """The pictures in a file by data/pack.py. They stay on the disk until they are used, and
     several processes share one copy, in the system's cache."""
     try:
         with safe_open(os.path.expanduser(path), "pt") as file:
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
             class_names = json.loads(file.metadata()["class_names"])
     except Exception as error:  # a foreign or damaged file may raise anything
-        raise UserError(f"{path} is missing, cut short, or not of data/pack.py: {error}") from error
+        raise UserError(f"{path} is missing, cut short, or not by data/pack.py: {error}") from error
     if images.shape[-1] != image_size:
         raise UserError(f"{path} is not of this size: set --image-size {images.shape[-1]}")
     return images, labels, class_names
@@ -89,12 +89,12 @@ def find_dataset(name):
         try:
             folder = Path(snapshot_download(name, repo_type="dataset", ignore_patterns=IGNORED))
         except Exception as error:  # of whichever library makes the requests, its proxies and so on
-            hint = "try --preset laptop, or a folder"
+            hint = "no folder of this name is here; --preset laptop needs neither"
             raise UserError(f"cannot download {name} from the Hub ({hint}): {error}") from error
-    elif not folder.is_dir() or not name.strip():  # "", of a variable that is not set, is here
+    elif not folder.is_dir() or not name.strip():  # "", of an unset variable, would be "."
         raise UserError(f'no such folder: "{name}" (if it is an archive, unpack it)')
 
-    # Archives are not downloaded. Beside them, a few pictures are those of a description.
+    # Archives and parquet are not downloaded; a few pictures beside them illustrate the page.
     if on_the_hub and sum(path.suffix.lower() in PICTURES for path in folder.rglob("*")) < 10:
         return open_with_datasets(name)
     classes, passed_over = find_pictures(folder)
@@ -111,7 +111,7 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
     was passed over. Several threads read: Pillow decodes outside of Python's global lock."""
     broken, used = [], set()
     with ThreadPoolExecutor() as pool:
-        # A few at a time, as they may not fit into the memory. disable=None: no progress bar unless
+        # A few at a time, as they may not fit into memory. disable=None: no progress bar unless
         # stderr is a terminal.
         for start in tqdm(range(0, len(items), 256), "reading", leave=False, disable=None):
             files, labels = zip(*items[start : start + 256])
@@ -137,7 +137,7 @@ def read_all(items, open_picture, image_size, class_names, passed_over):
 
 def open_with_datasets(name):
     """The split "train" of a data set, as the `datasets` library reads it: {class name: its rows},
-    what is passed over, and a function that opens the picture of a row."""
+    what is passed over, and a function that opens the picture of a row (plain bytes will do)."""
     try:
         import datasets
 
@@ -156,7 +156,7 @@ def open_with_datasets(name):
         classes = {name_of(value): rows_of[value] for value in sorted(rows_of)}
     except Exception as error:  # there is no such library, or it cannot read this
         error = error.__cause__ or error
-        raise UserError(f"cannot read {name} (pip install datasets?): {error}") from error
+        raise UserError(f"cannot read {name} (needs pip install datasets): {error}") from error
     print_once(f"{name}: pictures from {pictures[0]}, labels from {label}, of {', '.join(kinds)}")
     return classes, {}, lambda row: rows[row][pictures[0]]
 
@@ -166,13 +166,13 @@ def open_with_datasets(name):
 
 def read_picture(file, image_size, open_picture=Image.open):
     """A picture file as uint8 (3,S,S): turned upright, transparency composited onto white, the
-    short side resized, the long side cropped to its middle. If the file cannot be read, the error
-    that says why. Its content, not its name, says which format it is. Colour profiles do not count.
+    short side resized, the long side cropped to its middle. If the file cannot be read, returns the
+    exception. Its content, not its name, says which format it is. Colour profiles are ignored.
     """
     try:
         with open_picture(file) as image:
             if image.mode in ("F", "I") and image.format not in ("PNG", "PPM"):
-                return ValueError("which of its numbers is white, only its owner knows")
+                return ValueError("its white level is unknown: convert it to an 8-bit PNG")
             tags = getattr(image, "tag_v2", {})  # of a TIFF
             # A JPEG can be decoded at a half, a quarter or an eighth of its size. Decoding at twice
             # the needed size leaves the rest to a better filter.
@@ -182,11 +182,11 @@ def read_picture(file, image_size, open_picture=Image.open):
             values = pil_to_tensor(image.convert("I")) / (2 ** tags.get(258, [16])[0] - 1)
             values = 1 - values if tags.get(262) == 0 else values  # white is zero
             image = to_pil_image((values * 255).clamp(0, 255).round().to(torch.uint8))
-        # What is opaque is resized in its own mode, which is faster. (A palette can't be resized.)
+        # RGB and grey are resized as they are, which is faster; all else (palettes, CMYK) as RGBA.
         if image.mode not in ("RGB", "L") or "transparency" in image.info:
             image = image.convert("RGBA")
     except Exception as error:  # broken, cut short, or huge: Pillow may raise anything
         return error
-    image = ImageOps.fit(image, (image_size, image_size))  # hidden colours do not bleed in
+    image = ImageOps.fit(image, (image_size, image_size))  # of RGBA, hidden colours do not bleed in
     white = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))

@@ -1,12 +1,12 @@
-"""Read a data set once, into one file, from which a run starts at once, whatever its size.
+"""Read a data set into one file, from which any run starts at once, whatever its size.
 
     python data/pack.py ../pictures pictures.safetensors --image-size 64
     python train.py --dataset pictures.safetensors --image-size 64
 
 The source is what --dataset takes: a folder, or a data set on the Hub. The pictures are the same,
-in the same order, as if it was trained on directly. The file has uint8 images (N,3,S,S), int64
-labels (N,) and the class names. It may be larger than the memory; until it is written, it takes
-twice its room on the disk.
+in the same order, as in training on the source itself. The file has uint8 images (N,3,S,S), int64
+labels (N,) and the class names. It may be larger than memory; writing it takes twice its size on
+the disk.
 """
 
 import json
@@ -30,19 +30,19 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("source", help="a folder, or a Hub id such as you/pictures")
     parser.add_argument("path", type=expanded, help="a new file: pictures.safetensors")
-    parser.add_argument("--image-size", type=limited(int, 1), default=64, help="(%(default)s)")
+    parser.add_argument("--image-size", type=limited(int, 1), default=64, help="pixels a side (64)")
     args = parser.parse_args()
     if args.path.suffix != ".safetensors" or args.path.exists():
         raise UserError(f"{args.path} exists, or does not end with .safetensors: choose a new name")
 
-    # The tensor of the pictures is a file, too, as they may not fit into the memory.
+    # The tensor of the pictures is a file, too, as they may not fit into memory.
     args.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.path.parent, ignore_cleanup_errors=True) as scratch:
 
         def empty(shape, dtype):
             file, size = str(Path(scratch, "images")), torch.Size(shape).numel()
             if shutil.disk_usage(scratch).free < 2 * size:  # else a bus error, when it is full
-                raise UserError(f"{args.path} needs {2 * size / 1e9:.2g} GB of free disk")
+                raise UserError(f"{args.path} needs {2 * size / 1e9:,.1f} GB of free disk")
             return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape)
 
         images, labels, class_names = load_dataset(args.source, args.image_size, empty)

@@ -5,8 +5,8 @@ Nothing here is about diffusion. To understand nanoDiT, read model.py, train.py 
 
 import os
 
-# torchrun sets all of these. Some of them alone are left over in a shell, from something else. (A
-# launcher that sets only some, such as srun with variables of your own, has to set them all.)
+# torchrun sets all of these. If only some are set, they are left over from something else, and are
+# removed. (A launcher such as srun, with variables of your own, has to set them all.)
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
 if TORCHRUN - os.environ.keys():
     for name in TORCHRUN & os.environ.keys():

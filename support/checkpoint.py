@@ -1,4 +1,4 @@
-"""Files of a run: written beside and renamed, so that whatever stops it leaves them whole."""
+"""Files of a run: written under another name, then renamed, so that they are whole at any time."""
 
 import contextlib
 import os
@@ -59,7 +59,7 @@ def the_only_run(folder):
     try:
         lock.acquire()
     except (Timeout, PermissionError) as error:
-        raise UserError(f"another training or user has {folder}: set another --out-dir") from error
+        raise UserError(f"another training or owner has {folder}: set another --out-dir") from error
     except (OSError, NotImplementedError) as error:
         print_once(f"warning: no lock keeps others from {folder}: {error}", sys.stderr)
     try:
@@ -85,7 +85,7 @@ def write_log(path, rows):
 def save_checkpoint(out, ema, state):
     """Write CHECKPOINT_FILES to a staging folder and then move them into place, the state last, as
     it alone determines where --resume continues. Raises UserError if there is no room for them; the
-    last checkpoint stays."""
+    last state stays."""
     staging = out / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -100,12 +100,13 @@ def save_checkpoint(out, ema, state):
 
 
 def load_state(path):
-    """The train_state.pt of a run, on the CPU. Raises UserError if it is missing or damaged."""
+    """The train_state.pt of a run, on the CPU. Raises UserError if it is missing, damaged, or lacks
+    what every run has written."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("constants", "counts", "log", "settings", *state)}
     except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"--resume: {path} is missing, damaged, or no run's: {error}") from error
+        raise UserError(f"--resume: {path} is missing, damaged, or no run's: {error!r}") from error
 
 
 def resumed_settings(state, constants, flags, fixed, out):
@@ -130,7 +131,7 @@ def restore_state(state, model, ema, optimizer, counts):
     if model.class_names != state["class_names"]:
         raise UserError("--resume: the classes of the data set are not those of the original run")
     if counts != state["counts"]:
-        print_once("the pictures have changed since the run began: others are held out now")
+        print_once("the pictures have changed since the run was saved: others are held out now")
     # Moments come from the state; rates, betas, weight decay and so on are those of train.py now.
     groups = zip(state["optimizer"]["param_groups"], optimizer.param_groups)
     state["optimizer"]["param_groups"] = [{**new, "params": old["params"]} for old, new in groups]

@@ -5,7 +5,7 @@ from pathlib import Path
 from support.checkpoint import write_beside
 
 CARD = Path(__file__).with_name("card.md").read_text("utf-8")
-KEEP = "<!-- train.py rewrites this page"  # in the card: what lets train.py write it anew
+REWRITTEN = "<!-- train.py rewrites this page"  # while a page has this line, train.py does
 
 
 def write_card(folder, network, training, rows):
@@ -13,7 +13,7 @@ def write_card(folder, network, training, rows):
     network in it was trained, in words. rows: of the log. A page that its owner has written, or
     wants to keep, stays as it is."""
     path = folder / "README.md"
-    if path.exists() and KEEP not in path.read_text("utf-8", errors="replace"):
+    if path.exists() and REWRITTEN not in path.read_text("utf-8", errors="replace"):
         return
     if rows and rows[-1]["val_loss"] > 0:  # it is nan if no picture was held out
         training += f" (held-out loss: {rows[-1]['val_loss']:.4f})"

@@ -18,7 +18,7 @@ def pick_device(name):
     this machine does not have the device."""
     has_gpu = torch.accelerator.is_available()
     gpu = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
-    instead = () if "LOCAL_RANK" in os.environ else ("cpu",)  # one of several processes stays
+    instead = () if "LOCAL_RANK" in os.environ else ("cpu",)  # no process falls back on its own
     for device in (gpu, *instead) if name == "auto" else (name,):
         if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -26,19 +26,19 @@ def pick_device(name):
             return torch.zeros(1, device=device).device
         except Exception as error:  # which one depends on how torch was built
             problem = error
-    raise UserError(f'this machine has no DEVICE "{name}": try auto or cpu ({problem})')
+    raise UserError(f'no DEVICE "{device}" here: try auto, cpu or fewer processes ({problem})')
 
 
 def to_device(tensors, device):
-    """Tensors of the CPU on the device. From pinned memory, a GPU copies them while it computes."""
+    """Move tensors from the CPU to the device. A GPU copies pinned memory while it computes."""
     on_gpu = device.type == "cuda"
     tensors = [tensor.pin_memory() for tensor in tensors] if on_gpu else tensors
     return [tensor.to(device, non_blocking=on_gpu) for tensor in tensors]
 
 
 def uses_bf16(device, precision):
-    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device. "auto" is bfloat16 where the
-    hardware computes in it: imitated, it is slow."""
+    """Whether "bf16", "fp32" or "auto" means bfloat16 on this device. "auto" is bfloat16 on
+    CUDA from Ampere on, and on x86 CPUs that compute in it: emulated, it is slow."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -63,8 +63,8 @@ def join_processes(device, batch_size):
     if world_size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # Named, as without a name the group would have the accelerator's backend alone. They wait
-        # for each other for up to a day: some may take longer to download or to read pictures.
+        # Named, as without a name the group would have the accelerator's backend alone. Processes
+        # wait for each other for up to a day (48 times 30 minutes): one may read pictures longer.
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backends, timeout=48 * dist.constants.default_pg_timeout)
 
@@ -76,8 +76,8 @@ def processes():
 
 def compiling_pays(device, parameters, pictures):
     """Whether a run is worth the wait for torch.compile: on CUDA always, on a CPU from some twenty
-    minutes on. Training takes some 6 operations for each parameter, each picture, and each of its
-    some 64 tokens; a core does some 50 G a second."""
+    minutes on. pictures: of all steps together. Training takes about 6 operations for each
+    parameter and token, of which a picture has about 64; a core does about 50 G a second."""
     seconds = 6 * parameters * pictures * 64 / (50e9 * torch.get_num_threads())
     return device.type == "cuda" or (device.type == "cpu" and seconds > 1200)
 
@@ -97,7 +97,7 @@ def compile_model(model):
                 loss = model.forward(*arguments, **options).sum()
                 torch.autograd.grad(loss, weights, allow_unused=True)
         except Exception as error:  # the compiler's; one of the model's own comes again below
-            print_once(f"warning: compiling failed (try --compile off): {error!r:.200}", sys.stderr)
+            print_once(f"warning: cannot compile, so as --compile off: {error!r:.200}", sys.stderr)
             model.forward = eager
         return model.forward(*arguments, **options)
 

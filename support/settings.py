@@ -81,7 +81,7 @@ def parse(parser, arguments, presets=()):
 
 
 def nearest(name, names):
-    """The end of an error about a name that is none of the names: which of them is like it."""
+    """The end of an error about an unknown name: which of the names is like it, if any."""
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -140,7 +140,7 @@ def add_setting_flags(parser, settings, source_file):
 # Limits
 
 # {name: function that checks a value}. A constant that is not listed has no limits here; what sizes
-# a network may have, it says itself.
+# a network may have, model.py checks.
 LIMITS = {"SEED": limited(int, 0, MAX_SEED), "WARMUP_STEPS": limited(int, 0)}
 LIMITS |= dict.fromkeys(("STEPS", "BATCH_SIZE", "ACCUMULATE", "LOG_EVERY"), limited(int, 1))
 LIMITS |= dict.fromkeys(("EVAL_EVERY", "SAMPLE_EVERY", "CHECKPOINT_EVERY"), limited(int, 1))
@@ -150,8 +150,8 @@ LIMITS |= dict.fromkeys(("T_MEAN", "CFG_SCALE"), limited(float))
 
 
 def checked(values):
-    """The values {name: value}, numbers of the kind that is meant: 1e4 steps are 10000. Raises
-    UserError, with the name, for one that no training could run with."""
+    """The values {name: value}, with whole numbers as int: 1e4 steps are 10000. Raises UserError,
+    with the name, for one that no training could run with."""
     for name in LIMITS.keys() & values:
         try:
             values[name] = LIMITS[name](values[name])

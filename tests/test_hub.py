@@ -116,10 +116,10 @@ def test_a_run_writes_the_page_that_the_hub_shows_of_it(trained):
 def test_a_page_of_ones_own_stays(model, tmp_path):
     hub.write_card(tmp_path, model, "1 step", [])
     card = tmp_path / "README.md"
-    assert hub.KEEP in card.read_text("utf-8")
+    assert hub.REWRITTEN in card.read_text("utf-8")
     hub.write_card(tmp_path, model, "2 steps", [])
     assert "2 steps" in card.read_text("utf-8")
-    mine = card.read_text("utf-8").replace(hub.KEEP, "").replace("2 steps", "two steps é")
+    mine = card.read_text("utf-8").replace(hub.REWRITTEN, "").replace("2 steps", "two steps é")
     card.write_text(mine, "utf-8")
     hub.write_card(tmp_path, model, "3 steps", [])
     assert card.read_text("utf-8") == mine

@@ -271,7 +271,7 @@ def test_pictures_that_have_changed_are_said(pictures, tmp_path):
     folder = next((tmp_path / "mine").iterdir())
     shutil.copy(next(folder.iterdir()), folder / "more.png")
     said, _ = call("train", "--resume", "--steps", 4, cwd=tmp_path)
-    assert "the pictures have changed since the run began" in said
+    assert "the pictures have changed since the run was saved" in said
 
 
 def test_a_finished_run_says_so(trained, tmp_path):
