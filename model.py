@@ -51,7 +51,7 @@ def modulate(x, shift, scale):
 
 class ConvNet(nn.Module):
     """A stack of 3x3 convolutions with channels[0] channels going in, then channels[1], and so on.
-    All but the last are scaled and shifted by the condition c (B, dim), and pass a GELU."""
+    All but the last are scaled and shifted by the condition c (B, dim), and go through a GELU."""
 
     def __init__(self, dim, channels):
         super().__init__()
@@ -69,9 +69,10 @@ class ConvNet(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(D)) v, for q, k and v of shape (B, H, T, D)."""
     if not q.is_cuda and q.shape[2] <= 256:
-        # Written out: on a CPU, bf16 training is up to 1.5 times as fast, and on MPS the call below
-        # has given wrong values (pytorch#163597). 1/sqrt(D) multiplies q, as torch.compile would
-        # replace softmax(q k^T / sqrt(D)) v by that slower call.
+        # Written out, for few tokens, as it holds all T x T products: on a CPU, bf16 training is up
+        # to 1.5 times as fast, and on MPS the call below has given wrong values (pytorch#163597).
+        # 1/sqrt(D) multiplies q, as torch.compile would recognise softmax(q k^T / sqrt(D)) v, and
+        # replace it by that slower call.
         q = q * q.shape[3] ** -0.5
         return (q @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -173,7 +174,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         if not names or not all(isinstance(name, str) for name in names):
             raise NetworkError("class_names must be a list with one string per class")
         self.image_size = image_size
-        self.class_names = [str(name) for name in names]  # NumPy's, too
+        self.class_names = [str(name) for name in names]  # plain str, even from NumPy
         self.dataset = dataset
         self.cfg_scale = cfg_scale
         self.num_classes = len(names)  # also the id of the null class: "no class given"
@@ -181,12 +182,12 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         # A plain DiT cuts the pixels themselves into patches, and its final layer draws each patch
         # from its token alone: outlines break at the seams, and fine detail is lost. With conv_dim,
         # a stem extracts features from the noisy picture, the transformer works on patches of
-        # these, and a head draws the clean picture from what the transformer adds and, as in a
+        # these, and a head draws the clean picture from what the transformer returns and, as in a
         # U-Net, from the features. Stem and head see cells of 2 x 2 pixels, which is faster.
         self.stem = self.head = None
         self.patch_cells = patch_size  # cells along a side of a patch: pixels, in a plain DiT
-        # Numbers in a patch, of 3 channels; if you have others, sample.generate_states also needs
-        # to know.
+        # Numbers in a patch of 3 channels. For C channels, change this 3, both 12s below (to 4 C),
+        # sample.generate_states, and data/images.py, which reads RGB.
         patch_dim = 3 * patch_size**2
         if conv_dim > 0:
             self.patch_cells = patch_size // 2
@@ -226,11 +227,11 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         c = self.timestep_embedding(timestep_features(t)) + self.class_embedding(y)
         c = F.silu(c)  # (B, dim)
 
-        features = z  # of a plain DiT: the pixels
+        features = z  # a plain DiT has no stem: its features are the pixels
         if self.stem:
             features = self.stem(F.pixel_unshuffle(z, 2), c)  # (B, conv_dim, S/2, S/2)
 
-        # Patchify: every P x P patch becomes a token, of N = patch_dim features at first.
+        # Patchify: every P x P patch becomes a token, of N = patch_dim numbers at first.
         x = F.pixel_unshuffle(features, self.patch_cells)  # (B, N, S/P, S/P)
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2).contiguous()  # (B, T, N), as MPS needs it (pytorch#161641)
@@ -259,8 +260,8 @@ class DiT(nn.Module, PyTorchModelHubMixin):
     # push_to_hub("you/mine") has written, DiT.from_pretrained reads.
 
     def save_pretrained(self, save_directory, **options):
-        """Write config.json, model.safetensors and a README.md into a folder: see the mixin. Of the
-        arguments, class_names, dataset and cfg_scale may have been changed since."""
+        """Write config.json, model.safetensors and a README.md into a folder: see the mixin. If
+        class_names, dataset or cfg_scale have been set since, the new values are written."""
         names = self._hub_mixin_config.keys() & {"class_names", "dataset", "cfg_scale"}
         changed = {name: getattr(self, name) for name in names}
         options["config"] = options.get("config") or {**self._hub_mixin_config, **changed}
@@ -272,10 +273,10 @@ class DiT(nn.Module, PyTorchModelHubMixin):
         evaluation mode, on the CPU.
 
         strict: False accepts a file without some of the weights, such as those of layers that you
-        have added since; they stay as they are initialised, and `lacking` has their names. options:
-        arguments of the network, which then override config.json, as cfg_scale=2.0 does; and
-        arguments of huggingface_hub.snapshot_download, such as revision or token. Raises
-        NetworkError if there is no network, or if its files are damaged or of a different one.
+        have added since; they stay as they are initialised, and network.lacking lists them.
+        options: arguments of the network, which override config.json, as cfg_scale=2.0 does, and of
+        huggingface_hub.snapshot_download, such as revision or token. Raises NetworkError if there
+        is no network, or if its files are damaged or of a different one.
         """
         parameters = inspect.signature(cls.__init__).parameters
         overrides = {name: options.pop(name) for name in parameters if name in options}
@@ -283,7 +284,7 @@ class DiT(nn.Module, PyTorchModelHubMixin):
 
         folder = Path(checkpoint).expanduser()
         if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)):
-            with refusing(f"cannot download {checkpoint} from the Hub"):
+            with refusing(f"no folder {checkpoint}, and cannot download {checkpoint} from the Hub"):
                 files = ["config.json", "model.safetensors"]
                 folder = Path(snapshot_download(checkpoint, allow_patterns=files, **options))
         with refusing(f"no network in {checkpoint}: config.json is missing, or of another kind"):

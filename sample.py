@@ -33,7 +33,7 @@ from torchvision.utils import make_grid
 from model import DiT
 
 DEFAULT_STEPS = 25  # Euler steps; more than this changes little, as the paths bend gently
-MAX_BATCH = 64  # pictures sampled together on a CPU; on GPUs four times as many
+MAX_BATCH = 64  # pictures at once on a CPU; four times as many on a GPU; guidance doubles both
 GIF_SIZE = 560  # longest side of an animation in pixels, which keeps it below about 3 MB
 
 
@@ -57,8 +57,8 @@ def guided(model, class_ids, cfg_scale):
         y = class_ids.to(z.device)
         if cfg_scale == 1:
             return model(z, t, y)
-        # With and without the class in one batch, which is faster than two calls. (A condition that
-        # is no class needs a "none" of its own, here and in train.random_batch.)
+        # With and without the class in one batch, which is faster than two calls. (Another
+        # condition, such as text, needs its own "none", here and in train.random_batch.)
         y_null = torch.full_like(y, model.num_classes)
         v_both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, y_null]))
         v_class, v_null = v_both.chunk(2)
@@ -92,7 +92,8 @@ def euler_states(velocity, noise, times, eta=0, randn_like=torch.randn_like):
 
 def sample_conditional_cfg(model, class_ids, steps, cfg_scale, noise, **fresh_noise):
     """Pictures x (B,3,S,S) of the classes (B,), from noise (B,3,S,S), by steps of equal length from
-    t = 1 to 0, with guidance. fresh_noise: eta and randn_like, as euler_states takes them."""
+    t = 1 to 0, with guidance. fresh_noise: eta and randn_like, as euler_states takes them. For
+    scripts: the command line uses generate_states."""
     velocity = guided(model, class_ids, cfg_scale)
     for z in euler_states(velocity, noise, uniform_times(steps), **fresh_noise):
         pass
@@ -105,11 +106,12 @@ def uniform_times(steps):
 
 
 def renew_noise(z, t, v, dt, eta, new_eps):
-    """Replace part of the noise in z_t by fresh noise new_eps, after an Euler step from t + dt to t
-    by the velocity v. This also washes out errors of earlier steps.
+    """Replace part of the noise in z_t by fresh noise new_eps, after an Euler step from t + dt down
+    to t, by the velocity v of that step. This also washes out errors of earlier steps.
 
-    eta = 0 keeps all noise. eta = 1 replaces as much as the way from t to t + dt adds, from data
-    towards noise: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv 2010.02502.
+    eta = 0 keeps all noise. With eta = 1, the noises at t + dt and at t are correlated as if noise
+    had been added step by step: the ancestral sampling of DDPM. Song et al. 2020 (DDIM), arXiv
+    2010.02502.
     """
     x, eps = z - t * v, z + (1 - t) * v  # as z = (1-t) x + t eps, and v = eps - x
     correlation = (1 - t - dt) * t / ((1 - t) * (t + dt))  # of the noise at t and at t + dt
@@ -139,11 +141,15 @@ def randn_like_of_places(seed, places):
     return randn_like
 
 
-def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
-    """Sample a picture for each of the class ids (N,), in batches that fit into memory.
+# Many pictures, in batches
 
-    Yields, for each batch, what euler_states does. The default guidance is the model's own. A
-    picture's noise depends only on the seed and on its place among the class ids.
+
+def generate_states(model, class_ids, seed=0, steps=DEFAULT_STEPS, cfg_scale=None, eta=0):
+    """Sample a picture for each of the class ids (N,), in batches of at most MAX_BATCH, or four
+    times as many on a GPU.
+
+    Yields a generator for each batch, that of euler_states. The default guidance is the model's
+    own. A picture's noise depends only on the seed and on its place among the class ids.
     """
     cfg_scale = model.cfg_scale if cfg_scale is None else cfg_scale
     device = next(model.parameters()).device
@@ -176,8 +182,8 @@ def to_uint8(x):
 
 def to_grid(pictures, columns=None):
     """uint8 (N,3,S,S) as one PIL image; without `columns`, about three times as wide as high."""
-    square = math.ceil(math.sqrt(3 * len(pictures)))
-    return to_pil_image(make_grid(pictures, nrow=columns or square))
+    wide = math.ceil(math.sqrt(3 * len(pictures)))
+    return to_pil_image(make_grid(pictures, nrow=columns or wide))
 
 
 def save_gif(frames, path):
@@ -206,7 +212,7 @@ def parse_flags(arguments):
     parser.add_argument("--seed", type=limited(int, 0, MAX_SEED), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu")
     parser.add_argument("--output", type=png_path, metavar="PNG", help="where the grid goes")
-    parser.add_argument("--gif", action="store_true", help="also from noise to pictures")
+    parser.add_argument("--gif", action="store_true", help="also an animation of the sampling")
     parser.add_argument("--save-images", type=expanded, metavar="DIR", help="also every picture")
     return argparse.Namespace(**settings.parse(parser, arguments))
 

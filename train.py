@@ -61,7 +61,7 @@ BATCH_SIZE = 32  # pictures per step, over all GPUs
 LEARNING_RATE = 2e-3  # peak learning rate of AdamW; larger networks need a lower one
 ACCUMULATE = 1  # gradient accumulation: micro-batches per step; same gradient, less memory
 GRAD_CLIP = 1.0  # maximum norm of the gradient; 0 disables clipping
-LABEL_DROP = 0.1  # label dropout: share given the null class, for guidance; 0 needs CFG_SCALE 1
+LABEL_DROP = 0.1  # label dropout: share given the null class, for guidance; if 0, set CFG_SCALE 1
 EMA_DECAY = 0.999  # of the exponential moving average (EMA) of the weights; samples use it
 
 # --- sampling ---
@@ -76,7 +76,7 @@ T_MEAN = 0.4  # above 0 favours noisier pictures, in which shapes and colours ar
 T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 
 # --- system ---
-SEED = 0  # seeds all random numbers
+SEED = 0  # seeds all random numbers, except for the noise of losses in log.csv
 DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the hardware supports it; grids are always auto
 COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
@@ -90,7 +90,7 @@ SETTINGS = {
     if name.isupper() and name not in imported and isinstance(value, (bool, int, float, str))
 }
 
-# A preset is a line of flags, which others may follow.
+# A preset is a line of flags. Those on the command line override it.
 PRESETS = {
     # The drawn butterflies, and a network that two CPU cores train in three minutes.
     "laptop": "--dataset drawn --steps 2600 --batch-size 16 --dim 96 --heads 3 --conv-dim 0 "
@@ -130,8 +130,8 @@ def rectified_flow_loss(model, x, y, t, noise):
 
 
 def random_batch(images, labels, train_ids, num_classes, step, device="cpu", rank=0, world_size=1):
-    """The training batch of a step, which SEED and the step determine, on the device. Of several
-    processes, each gets a slice of it.
+    """The training batch of a step, on the device, drawn with replacement: there are no epochs.
+    SEED and the step determine it. Of several processes, each gets a slice: B of BATCH_SIZE.
 
     images: uint8 (N,3,S,S); labels: (N,); train_ids: which of the N are trained on. Returns
     pictures x (B,3,S,S) in [-1, 1], class ids y (B,), of which some are num_classes, the null
@@ -159,9 +159,9 @@ def random_batch(images, labels, train_ids, num_classes, step, device="cpu", ran
 
 
 def held_out(labels):
-    """Which pictures are for validation: a mask (N,) of every twentieth, in the order of classes,
-    or of fewer where that would be more than about 1,000. Classes of fewer than four pictures
-    are only trained on; if there are no others, those of a single one."""
+    """Which pictures are for validation: a mask (N,) of every twentieth, counted class by class;
+    among more than 20,000, of about 1,000. Classes of fewer than four pictures are only trained
+    on; if there are no larger ones, those of a single picture."""
     counts = labels.bincount()
     by_class = labels.argsort(stable=True)  # on the Hub they may come in any order
     candidates = by_class[counts[labels[by_class]] >= (4 if counts.max() >= 4 else 2)]
@@ -241,7 +241,7 @@ def training_steps(network, ema, optimizer, images, labels, train_ids, first_ste
             with machine.autocast(device, PRECISION):
                 loss = rectified_flow_loss(network, x, y, t, noise)
             loss = loss * (len(x) / BATCH_SIZE)
-            (loss * world_size).backward()  # they are averaged; this makes it a sum
+            (loss * world_size).backward()  # DDP averages over processes; this makes it a sum
             step_loss += loss.detach()
 
         gradient_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRAD_CLIP or math.inf)
@@ -263,7 +263,8 @@ def make_network(class_names, dataset=""):
 
 def make_optimizer(network):
     """AdamW without weight decay. The schedule multiplies the learning rate of each group. If you
-    need two optimizers, wrap them in one: with param_groups, and a state_dict that has them, too.
+    need two optimizers, write a class of both, with step, zero_grad, load_state_dict, param_groups
+    (one list), and a state_dict whose "param_groups" are in the same order.
     """
     options = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
     return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, **options)
@@ -276,14 +277,14 @@ def load_initial_weights(name, model):
     the weights came from. Raises UserError if sizes differ.
     """
     trained = DiT.from_pretrained(name, strict=False)
-    own = model.state_dict()
+    own = model.state_dict()  # shares memory with the model, as do the embeddings below
     learned = {n: w for n, w in trained.state_dict().items() if n not in trained.lacking}
     embeddings, known = own["class_embedding.weight"], learned["class_embedding.weight"]
     learned["class_embedding.weight"] = embeddings
     checkpoint.load_into(model, own | learned, f"--init-from: {name} is of another network")
 
     kept = [class_name for class_name in model.class_names if class_name in trained.class_names]
-    for label in kept:  # one row at a time: by a list of rows, a GPU takes nothing from the CPU
+    for label in kept:  # row by row: for a list of rows, `known` would have to be on the GPU, too
         embeddings[model.class_names.index(label)] = known[trained.class_names.index(label)]
     embeddings[-1] = known[-1]  # of the null class
     new = ", ".join(layer for layer in own if layer not in learned) or "none"
@@ -309,8 +310,10 @@ def parse_flags(arguments=None, description=__doc__):
 
 
 def apply_settings(options, flags):
-    """Change the constants as the flags say, and check them. Returns the state of the run to be
-    continued, or None. Raises UserError for what no run, or not this one, could be trained with."""
+    """Change the constants as the flags say, until main() restores them, and check them. Returns
+    the state of the run to be continued, or None. A script that writes no OUT_DIR passes
+    {"overwrite": True} as options. Raises UserError, or NetworkError for impossible sizes, if no
+    run can have such settings, or not the resumed one, or if OUT_DIR holds another run."""
     changed, state = flags, None
     out = settings.expanded(flags.get("OUT_DIR", OUT_DIR))
     if "resume" in options:
@@ -335,7 +338,7 @@ def main(arguments=None):
         options, flags = parse_flags(arguments)
         state = apply_settings(options, flags)
         if state and state["step"] >= STEPS:
-            print_once(f"{OUT_DIR} is finished: with more --steps, the learning rate rises again")
+            print_once(f"{OUT_DIR} is finished: more --steps train on, at a raised learning rate")
             return
         with checkpoint.the_only_run(Path(OUT_DIR)):
             train(state, settings.plain(constants), options.get("init_from"))
@@ -357,8 +360,8 @@ def train(state, constants, init_from):
         torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     torch.manual_seed(SEED)
 
-    # Data: all pictures stay in the machine's memory; those held out are indices. As many of those
-    # that are trained on are evaluated, too: a gap between the two losses is overfitting.
+    # Data: all pictures stay in the machine's memory; an index tells who is held out. As many of
+    # those trained on are evaluated, too: a gap between the two losses is overfitting.
     images, labels, class_names = load_dataset(DATASET, IMAGE_SIZE)
     is_val = held_out(labels)
     train_ids, val_ids = (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
@@ -437,7 +440,7 @@ def train(state, constants, init_from):
                 bar.set_postfix_str(f"loss {train_loss:.4f}", refresh=False)
                 if not math.isfinite(train_loss) or not gradient_norm.isfinite():
                     hint = f"{resume} --learning-rate {LEARNING_RATE / 2:g}"
-                    raise UserError(f"the loss is not finite at step {step}: try {hint}")
+                    raise UserError(f"loss or gradient is not finite at step {step}: try {hint}")
             pause = time.perf_counter()
 
             # Evaluate the averaged weights at fixed t, and add a row to the log.
@@ -463,6 +466,7 @@ def train(state, constants, init_from):
                     checkpoint.write_log(out / "log.csv", rows)
                     both = f"held out {row['val_loss']:.4f}, seen {row['seen_loss']:.4f}"
                     bar.write(f"step {step}: {both}; in training {train_loss:.4f}")
+                    # Once each time: the newest is 2% above the best, and the one before was not.
                     losses = [old["val_loss"] for old in rows]
                     if losses[-1] > 1.02 * min(losses) >= losses[-2:][0]:
                         bar.write("held out rises: more steps make copies; more pictures help")

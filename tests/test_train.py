@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_when_the_log_looks(pictures, tmp_path):
     absurd = ["--learning-rate", 1e38, "--warmup-steps", 1]
     _, err = call("train", *run, *absurd, cwd=tmp_path, status=2)
     line = err.strip().splitlines()[-1]
-    assert "the loss is not finite at step 10" in line
+    assert "loss or gradient is not finite at step 10" in line
     assert line.endswith('python train.py --resume --out-dir="out" --learning-rate 5e+37')
     kept = state(tmp_path / "out")
     assert kept["step"] == 0 and all(weight.isfinite().all() for weight in kept["model"].values())
