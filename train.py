@@ -76,7 +76,7 @@ T_MEAN = 0.4  # above 0 favours noisier pictures, in which shapes and colours ar
 T_STD = 1.0  # higher favours both ends, t near 0 (data) and 1 (noise)
 
 # --- system ---
-SEED = 0  # seeds all random numbers, except for the noise of losses in log.csv
+SEED = 0  # seeds all random numbers
 DEVICE = "auto"  # cuda, mps or cpu; auto is the first that this machine has
 PRECISION = "auto"  # bf16, fp32, or auto: bf16 if the hardware supports it; grids are always auto
 COMPILE = "auto"  # torch.compile: on, off, or auto: on for CUDA, and on a CPU for longer runs
