@@ -169,8 +169,8 @@ def rows_of(by_name, rows, columns):
     used = []
     for row in rows:
         names = {last_parts(row[column]) for column in columns}
-        names |= {Path(name).stem for name in names}  # for by_stem: without folder and ending
-        used += [(by_name[name], row) for name in names & by_name.keys()]
+        found = names & by_name.keys() or {Path(name).stem for name in names} & by_name.keys()
+        used += [(by_name[name], row) for name in found]
     return used
 
 

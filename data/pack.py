@@ -30,7 +30,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("source", help="a folder, or a Hub id such as you/pictures")
     parser.add_argument("path", type=expanded, help="a new file: pictures.safetensors")
-    parser.add_argument("--image-size", type=limited(int, 1), default=64, help="pixels a side (64)")
+    parser.add_argument("--image-size", type=limited(int, 1), default=64, help="px (%(default)s)")
     args = parser.parse_args()
     if args.path.suffix != ".safetensors" or args.path.exists():
         raise UserError(f"{args.path} exists, or does not end with .safetensors: choose a new name")

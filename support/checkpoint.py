@@ -106,7 +106,7 @@ def load_state(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("constants", "counts", "log", "settings", *state)}
     except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"--resume: {path} is missing, damaged, or no run's: {error!r}") from error
+        raise UserError(f"--resume: {path} is missing, damaged, or no run's: {error}") from error
 
 
 def resumed_settings(state, constants, flags, fixed, out):

@@ -97,7 +97,7 @@ def compile_model(model):
                 loss = model.forward(*arguments, **options).sum()
                 torch.autograd.grad(loss, weights, allow_unused=True)
         except Exception as error:  # the compiler's; one of the model's own comes again below
-            print_once(f"warning: cannot compile, so as --compile off: {error!r:.200}", sys.stderr)
+            print_once(f"warning: not compiled, as with --compile off: {error!r:.200}", sys.stderr)
             model.forward = eager
         return model.forward(*arguments, **options)
 

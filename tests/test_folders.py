@@ -449,7 +449,7 @@ def test_a_heic_that_a_table_names_is_said_to_need_a_plug_in(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["strain", "contest", "value", "Devon", "Testament", "hand-held computer"]
+    "name", ["strain", "contest", "value", "Devon", "Testament", "birds", "hand-held computer"]
 )
 def test_words_that_contain_a_split_are_none(name):
     assert not named(TEST, name)

@@ -200,7 +200,7 @@ def test_devices_that_are_not_here_are_refused(monkeypatch):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda device=device: bool(device))
         assert machine.pick_device("auto").type == found
     monkeypatch.setenv("LOCAL_RANK", "88")  # with a GPU too few, no process uses the CPU instead
-    with pytest.raises(UserError, match="no DEVICE"):
+    with pytest.raises(UserError, match='no DEVICE "cuda:88" here'):
         machine.pick_device("auto")
 
 
